@@ -1,0 +1,1410 @@
+"""Step 1: turn head-CT DICOM slices into seven PNG variants, ready for Step2_EfficientNet_Model.ipynb.
+
+    python Step1_Image_Preprocessing.py                               # raw_data -> data_preprocessing
+    python Step1_Image_Preprocessing.py --raw-data D:/ct --output D:/png --jobs 8
+    python Step1_Image_Preprocessing.py --variants 0 2_ROI+CLAHE      # only these two
+    python Step1_Image_Preprocessing.py --roi-window 50,130           # another fixed window for ROI
+
+Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file.
+         <raw-data>/TestingData_labels.csv (image,label) is optional.
+Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey
+         <output>/manifest.csv, a row per input file; the notebook takes its patients from it
+         <output>/preview.png, a labelled contact sheet
+
+A second run does only what is missing or changed. A file that can't be used costs only itself: it becomes a
+row of the manifest with its reason. Exit status: 0 all good, 1 some file failed, 2 usage error.
+"""
+
+import argparse
+import csv
+import faulthandler
+import hashlib
+import math
+import multiprocessing
+import os
+import re
+import secrets
+import signal
+import sqlite3
+import struct
+import sys
+import time
+import unicodedata
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from logging import NullHandler, getLogger
+from pathlib import Path
+
+import cv2
+import joblib
+import numpy as np
+import pydicom
+from pebble import ProcessExpired, ProcessPool
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import get_frame
+from pydicom.filereader import read_file_meta_info
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_rescale, apply_voi, apply_windowing, get_decoder, pixel_array
+from pydicom.valuerep import DSfloat
+from tqdm import tqdm
+
+try:
+    import resource  # of Unix; without it, on Windows, the size checks alone guard the memory
+except ImportError:
+    resource = None
+
+# ---------------------------------------- configuration: every number stands here, once
+
+CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
+
+VARIANTS = {  # folder -> the steps after dicom2png; one more line here is one more variant
+    "0_Dicom2PNG": (),
+    "1_ROI": ("roi",),
+    "2_ROI+CLAHE": ("roi", "clahe"),
+    "3_ROI+CLAHE+Bilateral": ("roi", "clahe", "bilateral"),
+    "4_ROI+noblank": ("roi", "noblank"),
+    "5_ROI+noblank+CLAHE": ("roi", "noblank", "clahe"),
+    "6_ROI+noblank+CLAHE+Bilateral": ("roi", "noblank", "clahe", "bilateral"),
+}
+
+BRAIN_WINDOW = (40.0, 80.0)  # centre, width in HU: the usual window for the brain and for fresh blood
+AIR_HU = -1000.0  # what pixel padding becomes
+
+TISSUE_HU = -200  # fat and skin lie above, foam and cushions below
+HARD_HU = 120  # plastic and carbon of head holders lie above, skin of ears and noses below
+WALL_LENGTH = 16 / 512  # a head holder's wall is longer than this
+WALL_MAX_HU = 600  # and nowhere denser; the walls of nose and sinuses are
+WALL_EDGE_PIXELS = 2  # a holder's edge looks like soft tissue by partial volume
+CORE_RADIUS = 8 / 512  # of the image's width: thinner things (holder, cables, ears) are no part of the core
+CORE_MARGIN = 3 / 512  # the core grows back by this much more, to meet the skin again
+EAR_REACH = 80 / 512  # ears and noses end within this distance of the core, cushions go on
+CLOSE_RADIUS = 25 / 512  # nostrils and ear canals are narrower than twice this
+BLANK_FRACTION = 0.01  # a slice with less of its area above 0 HU in the head is air over the vertex
+
+BONE_SEED_HU = 300  # only bone and calcium reach it
+BONE_EDGE_HU = 130  # bone goes on down to here; fresh blood stays below about 100 HU
+BONE_RIM_HU = 100  # within BONE_RIM_PIXELS of bone, what is above is half bone by partial volume
+BONE_RIM_PIXELS = 2
+BONE_MIN_FRACTION = 0.0025  # of the head: smaller islands are calcified plexus or pineal, no skull
+
+RSNA_CANDIDATES = 20  # headers read for each slice wanted, to find many patients among 750,000 slices
+
+CLAHE_CLIP = 5.0
+CLAHE_TILES = (8, 8)
+BILATERAL_DIAMETER = 20  # px
+BILATERAL_SIGMA_COLOR = 50  # grey levels
+BILATERAL_SIGMA_SPACE = 50  # px
+
+MAX_PIXELS = 16_000_000  # no CT slice has more; a header that claims more would only eat memory
+MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels and a generous header
+MEMORY_LIMIT = 2 << 30  # bytes that one file may take
+TIME_LIMIT_S = 60  # that one file may take; a decoder that takes longer hangs
+STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
+STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
+
+DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, as pydicom's own order varies
+    uid.JPEGBaseline8Bit: ("pillow", "pillow"),
+    uid.JPEGLossless: ("gdcm", "python-gdcm"),
+    uid.JPEGLosslessSV1: ("gdcm", "python-gdcm"),
+    uid.JPEGLSLossless: ("pyjpegls", "pyjpegls"),
+    uid.JPEGLSNearLossless: ("pyjpegls", "pyjpegls"),
+    uid.JPEG2000Lossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
+    uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
+    uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
+}
+PLAIN_SYNTAXES = {  # (implicit VR, little endian) -> transfer syntax
+    (True, True): uid.ImplicitVRLittleEndian,
+    (False, True): uid.ExplicitVRLittleEndian,
+    (False, False): uid.ExplicitVRBigEndian,
+}
+ENHANCED_CT = (uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
+
+MANIFEST_COLUMNS = (
+    *("image", "split", "label", "patient", "source", "status", "reason", "rows", "columns"),
+    *("window_center", "window_width", "window_source", "hu_repaired", "blank", "head_fraction"),
+    *("bone_fraction", "crop", "warnings", "fingerprint"),
+)
+COMMIT_EVERY_S = 2  # a killed run loses the rows of this many seconds at most; their PNGs are made again
+FAILED_SHOWN = 50  # lines at the end; the manifest has them all
+
+# RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+getLogger("pydicom").addHandler(NullHandler())  # its warnings go to the manifest instead
+
+
+class UnsuitableFile(Exception):
+    """An input that can't become a picture; its text says what is wrong, which tag, and what to do."""
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; its text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class CTSlice:
+    """One slice on its way through the steps; the three arrays have the same shape (rows, columns).
+
+    hu: float32, Hounsfield units.  image: uint8, the picture so far.  mask: bool, what is not background.
+    box: (x0, y0, x1, y1), the part of the original slice that the arrays show, x1 and y1 exclusive.
+    """
+
+    hu: np.ndarray
+    image: np.ndarray
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+
+
+# ---------------------------------------- DICOM: header and stored values -> HU -> grey
+
+
+@contextmanager
+def refusing(what: str, remedy: str):
+    """Turn whatever pydicom or a decoder raises inside into an UnsuitableFile that says what to do.
+
+    Broken bytes make these libraries raise almost anything, so this, alone, catches it all.
+    """
+    try:
+        yield
+    except UnsuitableFile:
+        raise
+    except MemoryError as err:
+        raise UnsuitableFile(
+            f"{what}: it takes more than {MEMORY_LIMIT >> 30} GB of memory: {remedy}"
+        ) from err
+    except BaseException as err:
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":  # of decoders in Rust
+            raise
+        raise UnsuitableFile(f"{what} ({one_line(err)}): {remedy}") from err
+
+
+def one_line(err: Exception) -> str:
+    """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
+    text = " ".join(str(err).split()) or type(err).__name__
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d[\d.]{9,}", "...", text)[:160]
+
+
+def to_float(value: object) -> float:
+    """Return a header's value as a float, nan where it is no number."""
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        return math.nan
+
+
+def numbers(ds: Dataset, keyword: str) -> list[float]:
+    """Return all values of a numeric element: [] where absent or empty, nan for what is no number."""
+    try:
+        value = ds.get(keyword)
+    except (ValueError, TypeError, ArithmeticError):  # pydicom could not convert the stored bytes
+        return [math.nan]
+    values = list(value) if isinstance(value, MultiValue) else [] if value in (None, "") else [value]
+    return [to_float(v) for v in values]
+
+
+def first_number(ds: Dataset, keyword: str) -> float:
+    """Return the first value of a numeric element, nan where there is none."""
+    return next(iter(numbers(ds, keyword)), math.nan)
+
+
+def texts(ds: Dataset, keyword: str) -> list[str]:
+    """Return all values of a text element in upper case, [] where absent."""
+    value = ds.get(keyword)
+    return [str(v).strip().upper() for v in (value if isinstance(value, MultiValue) else [value or ""])]
+
+
+def check_is_ct_slice(ds: Dataset) -> None:
+    """Raise UnsuitableFile unless the header describes one grey CT slice in HU (DICOM PS3.3 C.8.2.1)."""
+
+    def refuse(wrong: bool, reason: str) -> None:
+        if wrong:
+            raise UnsuitableFile(reason)
+
+    size = first_number(ds, "Rows") * first_number(ds, "Columns")
+    high, stored, allocated = (first_number(ds, k) for k in ("HighBit", "BitsStored", "BitsAllocated"))
+    slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
+    no_hu = "HU unknown, export the original series"
+    refuse("DirectoryRecordSequence" in ds, "a DICOMDIR, an index of other files: remove it")
+    refuse(
+        "FloatPixelData" in ds or "DoubleFloatPixelData" in ds, "float pixels (7FE0,0008/0009): no CT slice"
+    )
+    refuse(texts(ds, "Modality") != ["CT"], "Modality (0008,0060) is not CT: remove the file")
+    refuse("PixelData" not in ds, "no image, PixelData (7FE0,0010) is absent: remove the file")
+    refuse("LOCALIZER" in texts(ds, "ImageType"), "ImageType (0008,0008) says LOCALIZER, a scout: remove it")
+    refuse(
+        first_number(ds, "NumberOfFrames") > 1,
+        "NumberOfFrames (0028,0008): multi-frame, split it into slices",
+    )
+    refuse(
+        ds.get("SOPClassUID") in ENHANCED_CT,
+        "SOPClassUID (0008,0016): enhanced CT, convert it to single slices",
+    )
+    refuse(
+        texts(ds, "PhotometricInterpretation") not in (["MONOCHROME1"], ["MONOCHROME2"])
+        or first_number(ds, "SamplesPerPixel") > 1,
+        "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file",
+    )
+    refuse(not size >= 1, "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again")
+    refuse(
+        size > MAX_PIXELS, f"Rows x Columns (0028,0010/0011) claim {size:.0f} pixels: no CT slice, remove it"
+    )
+    refuse(
+        first_number(ds, "PixelRepresentation") not in (0, 1),
+        "PixelRepresentation (0028,0103) is neither 0 nor 1: sign of the values unknown, export it again",
+    )
+    refuse(
+        not 1 <= stored <= allocated <= 32 or high != stored - 1,
+        "HighBit (0028,0102) is not BitsStored (0028,0101) - 1, or these are absent: export it again",
+    )
+    refuse(not math.isfinite(intercept), f"RescaleIntercept (0028,1052) is absent or no number: {no_hu}")
+    refuse(
+        not math.isfinite(slope) or slope == 0, f"RescaleSlope (0028,1053) is absent, 0 or no number: {no_hu}"
+    )
+
+
+def check_inflated_size(path: Path) -> None:
+    """Raise UnsuitableFile where a deflated data set (PS3.5 A.5) is larger than any CT slice, before pydicom
+    would take the memory for it."""
+    with path.open("rb") as file:
+        if uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(4096):
+            return
+        meta = read_file_meta_info(path)
+        file.seek(128 + 4 + 12 + meta.FileMetaInformationGroupLength)  # preamble, DICM, the length's element
+        inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while data := inflater.unconsumed_tail or file.read(2**16):
+            total += len(inflater.decompress(data, 2**20))
+            if total > MAX_DATASET:
+                raise UnsuitableFile(
+                    f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, remove the file"
+                )
+
+
+def read_dicom(path: Path) -> Dataset:
+    """Read one DICOM file, also without preamble (PS3.10 7.1), and check that it is a CT slice."""
+    if not path.is_file():
+        raise UnsuitableFile("no regular file, or gone since the run began: remove it or run again")
+    try:
+        with refusing("not DICOM or damaged", "export it again"):
+            check_inflated_size(path)
+            ds = pydicom.dcmread(
+                path, force=True, defer_size=2**22
+            )  # bytes; larger pixels wait for the checks
+    except UnsuitableFile as err:
+        if isinstance(err.__cause__, OSError):
+            raise UnsuitableFile("unreadable: check the permissions and the disk") from err
+        raise
+    if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
+        known = (
+            "truncated, it ends within its header or pixels"
+            if getattr(ds, "file_meta", None)
+            else "not DICOM"
+        )
+        raise UnsuitableFile(f"{known}: export it again, or remove it")
+    with refusing("damaged header", "export it again"):
+        if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
+            # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
+            ds.file_meta = FileMetaDataset()
+            ds.file_meta.TransferSyntaxUID = PLAIN_SYNTAXES[ds.original_encoding]
+        check_is_ct_slice(ds)
+    return ds
+
+
+def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
+    """Return (rows, columns, components) that a compressed frame claims, None where it says nothing.
+
+    JPEG and JPEG-LS: the frame header (ITU-T T.81 B.2.2, T.87 C.2.2); JPEG 2000: SIZ (ITU-T T.800 A.5.1).
+    """
+    siz = stream.find(b"\xff\x4f\xff\x51")
+    if siz >= 0 and len(stream) >= siz + 42:
+        x1, y1, x0, y0 = struct.unpack_from(">4I", stream, siz + 8)
+        return y1 - y0, x1 - x0, struct.unpack_from(">H", stream, siz + 40)[0]
+    position = 2 if stream[:2] == b"\xff\xd8" else len(stream)
+    while position + 10 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        if marker in (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7):
+            rows, columns, components = struct.unpack_from(">HHB", stream, position + 5)
+            return rows, columns, components
+        position += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", stream, position + 2)[0]
+    return None
+
+
+def check_pixel_size(ds: Dataset) -> None:
+    """Raise UnsuitableFile where PixelData is not of the size that the header says."""
+    syntax, expected = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1)
+    if not syntax.is_encapsulated:
+        length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
+        if length not in (right, right + right % 2):
+            raise UnsuitableFile(
+                f"PixelData (7FE0,0010) has {length} bytes, Rows x Columns x BitsAllocated make {right}: "
+                "truncated or damaged, export it again"
+            )
+    elif syntax != uid.RLELossless:
+        claimed = codestream_size(get_frame(ds.PixelData, 0, number_of_frames=1))
+        if claimed != expected:
+            raise UnsuitableFile(
+                f"the codestream in PixelData (7FE0,0010) claims {claimed} rows, columns, components, the "
+                f"header {expected}: damaged, export it again"
+            )
+
+
+def decode(ds: Dataset) -> np.ndarray:
+    """Return the stored values, integer (rows, columns), decoded by the one plugin named in DECODERS."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    plugin, package = DECODERS.get(syntax, ("", ""))
+    if not plugin and syntax not in (*PLAIN_SYNTAXES.values(), uid.DeflatedExplicitVRLittleEndian):
+        raise UnsuitableFile(
+            f"TransferSyntaxUID (0002,0010) {syntax.name}: not supported, export uncompressed"
+        )
+    if plugin and plugin not in get_decoder(syntax).available_plugins:
+        raise UnsuitableFile(
+            f"no decoder for TransferSyntaxUID (0002,0010) {syntax.name}: pip install {package}"
+        )
+    with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
+        check_pixel_size(ds)
+        stored = pixel_array(ds, decoding_plugin=plugin)
+    if stored.shape != (ds.Rows, ds.Columns):
+        raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
+    return stored
+
+
+def mask_unused_bits(stored: np.ndarray, ds: Dataset) -> np.ndarray:
+    """Clear the bits above BitsStored, where old scanners kept overlays; signed values keep their sign."""
+    unused = 8 * stored.dtype.itemsize - ds.BitsStored
+    return (stored << unused) >> unused if unused > 0 else stored
+
+
+def repair_12bit_wrap(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
+    """Undo the wrap of RSNA-2019's 12-bit unsigned slices with an intercept near 0; sets the true intercept.
+
+    Found and repaired first by J. Howard (Kaggle, RSNA Intracranial Hemorrhage Detection, 2019).
+    """
+    unsigned12 = ds.BitsStored == 12 and ds.PixelRepresentation == 0
+    if not unsigned12 or first_number(ds, "RescaleIntercept") <= -100:
+        return stored, False
+    ds.RescaleIntercept = -1000
+    return (stored.astype(np.int32) + 1000) % 4096, True
+
+
+def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
+    """Return where the scanner wrote padding, bool (rows, columns) (DICOM PS3.3 C.7.5.1.1.2)."""
+    values = numbers(ds, "PixelPaddingValue")
+    limit = numbers(ds, "PixelPaddingRangeLimit")
+    if values and limit:
+        low, high = sorted((values[0], limit[0]))
+        return (stored >= low) & (stored <= high)
+    return np.isin(stored, values)
+
+
+def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
+    """Return HU, float32 (rows, columns), and whether wrapped values were repaired (PS3.3 C.11.1)."""
+    padded = padding_mask(stored, ds)
+    stored, repaired = repair_12bit_wrap(mask_unused_bits(stored, ds), ds)
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        if len(numbers(ds, keyword)) > 1:  # against the standard, yet seen; the first counts, as for windows
+            setattr(ds, keyword, first_number(ds, keyword))
+    hu = apply_rescale(stored, ds).astype(np.float32)
+    hu[padded] = AIR_HU
+    if np.mean((hu < -10_000) | (hu > 20_000)) > 0.01:  # metal and its wraps reach further, in few pixels
+        raise UnsuitableFile(
+            "over 1 % of the pixels are below -10,000 or above 20,000 HU: RescaleSlope/Intercept?"
+        )
+    return hu, repaired
+
+
+def header_window(ds: Dataset) -> tuple[float, float] | None:
+    """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
+    smallest = {"LINEAR": 1, "LINEAR_EXACT": np.nextafter(0, 1), "SIGMOID": np.nextafter(0, 1)}
+    if voi_function(ds) not in smallest:
+        return None
+    pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
+    return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest[voi_function(ds)]), None)
+
+
+def voi_function(ds: Dataset) -> str:
+    """Return VOILUTFunction (0028,1056), LINEAR where absent (DICOM PS3.3 C.11.2.1.3)."""
+    return texts(ds, "VOILUTFunction")[0] or "LINEAR"
+
+
+def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
+    """Map HU to uint8 grey by a VOI window; black and white are the window's own ends (PS3.3 C.11.2.1.2)."""
+    voi = Dataset()
+    voi.PhotometricInterpretation, voi.PixelRepresentation, voi.BitsStored = "MONOCHROME2", 0, 8  # 0..255 out
+    voi.WindowCenter, voi.WindowWidth = (DSfloat(value, auto_format=True) for value in window)
+    voi.VOILUTFunction = function
+    return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
+
+
+def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
+    """Return the picture that the header asks for, uint8 (rows, columns), and its manifest fields."""
+    window, function = header_window(ds), voi_function(ds)
+    if ds.get("VOILUTSequence"):
+        with refusing(
+            "VOILUTSequence (0028,3010) can't be applied", "export it again, or remove the sequence"
+        ):
+            depth = ds.VOILUTSequence[0].LUTDescriptor[2]
+            shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
+        grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
+        fields = {"window_source": "header"}
+    elif window:
+        grey = window_to_grey(hu, window, function)
+        fields = {"window_center": window[0], "window_width": window[1], "window_source": "header"}
+    else:
+        grey = window_to_grey(hu, BRAIN_WINDOW)
+        center, width = BRAIN_WINDOW
+        fields = {"window_center": center, "window_width": width, "window_source": "default"}
+    if texts(ds, "PhotometricInterpretation") == ["MONOCHROME1"]:  # PS3.3 C.7.6.3.1.2: the lowest is white
+        grey = 255 - grey
+    return grey, fields
+
+
+# ---------------------------------------- masks, from HU
+
+
+def distance_to(mask: np.ndarray) -> np.ndarray:
+    """Return each pixel's distance to the nearest True pixel, float32 (rows, columns), in pixels."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf, np.float32)
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 4-connected pieces of a bool mask: labels (0 = none) and areas (0 for label 0)."""
+    _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    return labels, areas
+
+
+def largest_of(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Return the largest of the values that carry each label, -inf for a label without any."""
+    largest = np.full(count, -np.inf)
+    np.maximum.at(largest, labels, values)
+    return largest
+
+
+def holder_walls(hu: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Return the hard pieces that are long, nowhere as dense as bone and partly outside: a holder's walls."""
+    hard = hu > HARD_HU
+    labels, areas = components(hard)
+    pixels = np.flatnonzero(hard & np.isin(labels, labels[hard & outside]))
+    label, (row, column) = labels.flat[pixels], np.unravel_index(pixels, hu.shape)
+    length = np.maximum(
+        largest_of(row, label, len(areas)) + largest_of(-row, label, len(areas)),
+        largest_of(column, label, len(areas)) + largest_of(-column, label, len(areas)),
+    )
+    densest = largest_of(hu.flat[pixels], label, len(areas))
+    return ((length >= WALL_LENGTH * min(hu.shape)) & (densest < WALL_MAX_HU))[labels]
+
+
+def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """Return the bool mask grown by so many pixels to all sides, corners included."""
+    kernel = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    return cv2.dilate(mask.astype(np.uint8), kernel).astype(bool)
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Return the mask with everything that it encloses."""
+    canvas = np.pad(mask, 1).astype(np.uint8)
+    cv2.floodFill(canvas, None, (0, 0), 2)
+    return canvas[1:-1, 1:-1] != 2
+
+
+def head_mask(hu: np.ndarray) -> np.ndarray:
+    """Return the head, bool (rows, columns): skin and all within, but no table, holder, cable or air around.
+
+    The largest body that survives an erosion is the head's core; thin things that touch it are kept where
+    they are soft and short (ears, nose), cut where they are hard or long (head holder, cushion). All False
+    for a slice without a head.
+    """
+    width = min(hu.shape)
+    tissue = hu > TISSUE_HU
+    thick = cv2.distanceTransform(np.pad(tissue, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    labels, areas = components(thick > CORE_RADIUS * width)
+    if not areas.any():
+        return np.zeros(hu.shape, bool)
+    from_center = distance_to(labels == areas.argmax())
+    core = tissue & (from_center <= CORE_RADIUS * width)  # morphological opening
+
+    from_core = distance_to(core)
+    enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
+    walls = holder_walls(hu, ~core & ~enclosed)
+    tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
+    core = tissue & (from_center <= (CORE_RADIUS + CORE_MARGIN) * width)
+    labels, areas = components(tissue & ~core)
+    touching = np.zeros(len(areas), bool)
+    touching[labels[grow(core, 1)]] = True
+    rest = np.flatnonzero(labels > 0)
+    reach = largest_of(from_core.flat[rest], labels.flat[rest], len(areas))
+    return fill_holes(core | (touching & (reach < EAR_REACH * width) & (areas > 0))[labels])
+
+
+def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """Return the skull, bool (rows, columns): dense pieces of the head with a core above BONE_SEED_HU.
+
+    Judged in HU, never by grey level: blood (up to about 100 HU) is white in a narrow window, yet no bone.
+    """
+    labels, areas = components(head & (hu > BONE_EDGE_HU))
+    seeded = np.zeros(len(areas), bool)
+    seeded[labels[hu > BONE_SEED_HU]] = True
+    bone = (seeded & (areas > BONE_MIN_FRACTION * head.sum()))[labels]
+    return bone | (head & (hu > BONE_RIM_HU) & grow(bone, BONE_RIM_PIXELS))
+
+
+def square_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the square (x0, y0, x1, y1) round what is True, moved into the image where it sticks out.
+
+    All of the image where nothing is True. A side longer than the image stays outside it: see crop.
+    """
+    rows, columns = mask.shape
+    if not mask.any():
+        return 0, 0, columns, rows
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    side = max(w, h)
+    x0 = min(max(x + w // 2 - side // 2, 0), max(columns - side, 0))
+    y0 = min(max(y + h // 2 - side // 2, 0), max(rows - side, 0))
+    return x0, y0, x0 + side, y0 + side
+
+
+def crop(array: np.ndarray, box: tuple[int, int, int, int], fill: float) -> np.ndarray:
+    """Cut a box out of an array; what lies beyond the right and lower edge is filled."""
+    x0, y0, x1, y1 = box
+    part = array[y0:y1, x0:x1]
+    missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]))
+    return np.pad(part, missing, constant_values=fill)
+
+
+# ---------------------------------------- the steps: CTSlice in, CTSlice out
+
+
+def roi(ct: CTSlice, window: tuple[float, float] | None) -> CTSlice:
+    """Keep the head, black out everything else, and show the head in one fixed window (None: as it was)."""
+    head = head_mask(ct.hu)
+    grey = ct.image if window is None else window_to_grey(ct.hu, window)
+    return replace(ct, image=np.where(head, grey, 0).astype(np.uint8), mask=head)
+
+
+def noblank(ct: CTSlice) -> CTSlice:
+    """Black out the skull and crop to a square round what is left, so that the brain fills the frame."""
+    left = ct.mask & ~bone_mask(ct.hu, ct.mask)
+    x0, y0, x1, y1 = box = square_box(left)
+    return CTSlice(
+        hu=crop(ct.hu, box, AIR_HU),
+        image=crop(np.where(left, ct.image, 0).astype(np.uint8), box, 0),
+        mask=crop(left, box, False),
+        box=(ct.box[0] + x0, ct.box[1] + y0, ct.box[0] + x1, ct.box[1] + y1),
+    )
+
+
+def clahe(ct: CTSlice) -> CTSlice:
+    """Equalise the histogram tile by tile, contrast-limited (Zuiderveld 1994); background stays 0."""
+    grey = cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES).apply(ct.image)
+    return replace(ct, image=np.where(ct.mask, grey, 0).astype(np.uint8))
+
+
+def bilateral(ct: CTSlice) -> CTSlice:
+    """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered."""
+    if not ct.mask.any():
+        return ct
+    x, y, w, h = cv2.boundingRect(ct.mask.astype(np.uint8))
+    radius = BILATERAL_DIAMETER // 2
+    part = np.s_[max(y - radius, 0) : y + h + radius, max(x - radius, 0) : x + w + radius]
+    image = np.zeros_like(ct.image)
+    image[part] = cv2.bilateralFilter(
+        ct.image[part], BILATERAL_DIAMETER, BILATERAL_SIGMA_COLOR, BILATERAL_SIGMA_SPACE
+    )
+    return replace(ct, image=np.where(ct.mask, image, 0).astype(np.uint8))
+
+
+def step_runner(ct: CTSlice, roi_window: tuple[float, float] | None):
+    """Return a function from a tuple of step names to its CTSlice; shared beginnings are computed once."""
+    steps = {
+        "roi": partial(roi, window=roi_window),
+        "noblank": noblank,
+        "clahe": clahe,
+        "bilateral": bilateral,
+    }
+
+    @cache
+    def after(names: tuple[str, ...]) -> CTSlice:
+        return steps[names[-1]](after(names[:-1])) if names else ct
+
+    return after
+
+
+def is_blank(hu: np.ndarray, head: np.ndarray) -> bool:
+    """Tell whether a slice shows nothing: one value everywhere, or air over the vertex."""
+    return bool(hu.min() == hu.max() or np.mean(head & (hu > 0)) < BLANK_FRACTION)
+
+
+# ---------------------------------------- one file, in a worker process
+
+
+@dataclass(frozen=True)
+class Task:
+    """One input file: its path, its PNG under each variant folder, the variants to write."""
+
+    source: str
+    path: Path
+    image: str
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every file of a run."""
+
+    output: Path
+    roi_window: tuple[float, float] | None
+    patient_key: bytes
+
+
+def pseudonym(patient_id: object, key: bytes) -> str:
+    """Return a keyed hash of a PatientID, so that the manifest names nobody; '' where there is no id."""
+    text = str(patient_id or "").strip()
+    return hashlib.blake2b(text.encode(), key=key, digest_size=8).hexdigest() if text else ""
+
+
+def write_atomically(path: Path, data: bytes, output: Path) -> None:
+    """Write a file so that it is there whole or not at all, whenever the process ends."""
+    temporary = output / ".tmp" / secrets.token_hex(8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.parent.mkdir(exist_ok=True)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert(task: Task, settings: Settings) -> dict:
+    """Read one file, write its variants, and return its manifest fields."""
+    ds = read_dicom(task.path)
+    with refusing("damaged header", "export it again"):
+        hu, repaired = hounsfield(decode(ds), ds)
+        grey, window_fields = dicom2png(hu, ds)
+        patient = pseudonym(ds.get("PatientID"), settings.patient_key)
+    ct = CTSlice(hu, grey, np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0]))
+    after = step_runner(ct, settings.roi_window)
+    for variant in task.variants:
+        _, png = cv2.imencode(".png", after(VARIANTS[variant]).image)
+        write_atomically(settings.output / variant / task.image, png.tobytes(), settings.output)
+    head, left = after(("roi",)).mask, after(("roi", "noblank"))
+    return {
+        "status": "ok",
+        "patient": patient,
+        "rows": hu.shape[0],
+        "columns": hu.shape[1],
+        **window_fields,
+        "hu_repaired": int(repaired),
+        "blank": int(is_blank(hu, head)),
+        "head_fraction": round(float(head.mean()), 4),
+        "bone_fraction": round(1 - float(left.mask.sum()) / max(int(head.sum()), 1), 4) if head.any() else 0,
+        "crop": "{} {} {} {}".format(*left.box),
+    }
+
+
+@contextmanager
+def guarded():
+    """Hold what runs inside to MEMORY_LIMIT (on Linux) and TIME_LIMIT_S, also in a decoder's C code.
+
+    Out of memory raises MemoryError or ends the process, out of time ends it: whoever runs the processes sees
+    that and goes on with the next file.
+    """
+    soft = hard = None
+    if resource and Path("/proc/self/statm").exists():
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_LIMIT, hard))
+    with Path(os.devnull).open("w", encoding="ascii") as devnull:
+        faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True, file=devnull)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if soft is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def process(task: Task, settings: Settings) -> dict:
+    """Return the manifest fields of one file; a file that can't be used is a row with its reason."""
+    cv2.setNumThreads(1)  # the processes are the parallelism
+    with warnings.catch_warnings(record=True) as caught, guarded():
+        warnings.simplefilter("always")
+        try:
+            row = convert(task, settings)
+        except UnsuitableFile as err:
+            row = {"status": "failed", "reason": str(err)}
+    return row | {"warnings": "; ".join(sorted({one_line(w.message) for w in caught}))}
+
+
+# ---------------------------------------- finding the inputs
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input file as it was found; refusal: why it can't be used, known before it is opened."""
+
+    source: str  # its path below the input folder, as the manifest shows it
+    path: Path
+    target: str  # its place below each variant folder, before the ending is changed to .png
+    split: str
+    label: str
+    refusal: str = ""
+
+
+def is_stray(name: str) -> bool:
+    """Tell whether a file is none that anybody would take for a slice, to be passed over silently."""
+    lower = name.lower()
+    return name.startswith(".") or lower in STRAY_FILES or Path(lower).suffix in STRAY_ENDINGS
+
+
+def walk(top: Path) -> Iterator[Path]:
+    """Yield what lies below a folder in a fixed order; of linked and unreadable folders, these themselves."""
+    unreadable = []
+    for folder, subfolders, names in os.walk(top, onerror=unreadable.append):
+        subfolders.sort()
+        linked = [name for name in subfolders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in sorted(names + linked) if not is_stray(name))
+    yield from (Path(err.filename) for err in unreadable)
+
+
+def refusal_of_path(path: Path, root: Path) -> str:
+    """Return why a path can't be used, '' where it can: links that loop, end nowhere or leave the input."""
+    if path.is_dir():
+        return "a linked or unreadable folder: put the folder itself here, check the permissions"
+    if path.is_symlink():
+        try:
+            inside = path.resolve(strict=True).is_relative_to(root)
+        except (OSError, RuntimeError):  # ends nowhere; loops
+            return "a link that ends nowhere: remove it"
+        if not inside:
+            return (
+                "a link out of the input folder: copy the file here, or name its own folder with --raw-data"
+            )
+    return ""
+
+
+def find_inputs(raw_data: Path) -> Iterator[Input]:
+    """Yield every file below TrainingData/<class>/ and TestingData/ but stray ones."""
+    root, test_labels = raw_data.resolve(), read_test_labels(raw_data / "TestingData_labels.csv")
+    for split in ("TrainingData", "TestingData"):
+        for path in walk(raw_data / split) if (raw_data / split).exists() else ():
+            source = path.relative_to(raw_data).as_posix()
+            refusal = refusal_of_path(path, root)
+            folder, _, name = source.partition("/")[2].rpartition("/")
+            label = folder.split("/")[0].lower() if split == "TrainingData" else ""
+            if split == "TestingData":
+                label = test_labels.get(f"{folder}/{name}".lstrip("/").removesuffix(".dcm"), "")
+            elif label not in CLASSES:
+                refusal = refusal or f"in no class folder: move it to TrainingData/<{'|'.join(CLASSES)}>"
+                label = ""
+            yield Input(source, path, source, "train" if split == "TrainingData" else "test", label, refusal)
+
+
+def read_test_labels(path: Path) -> dict[str, str]:
+    """Return {image: class} from TestingData_labels.csv, {} where there is none."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = {(row.get("image") or "").removesuffix(".dcm"): (row.get("label") or "").lower() for row in rows}
+    wrong = sorted(set(labels.values()) - set(CLASSES))
+    if wrong or "" in labels:
+        raise UsageError(
+            f"{path} needs the columns image,label and labels of {', '.join(CLASSES)}; found {wrong}"
+        )
+    return labels
+
+
+# ---------------------------------------- the ledger: what is known of every file, on disk
+
+
+def open_ledger(output: Path) -> sqlite3.Connection:
+    """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
+    (output / ".tmp").mkdir(parents=True, exist_ok=True)
+    ledger = sqlite3.connect(output / ".ledger.sqlite3", timeout=1, isolation_level=None)
+    ledger.row_factory = sqlite3.Row
+    columns = (*MANIFEST_COLUMNS, "path", "folded", "listed", "due", "todo")
+    try:
+        ledger.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ledger.execute("BEGIN EXCLUSIVE")
+        if (
+            tuple(r["name"] for r in ledger.execute("PRAGMA table_info(files)")) != columns
+        ):  # of another version
+            ledger.execute("DROP TABLE IF EXISTS files")
+            ledger.execute(
+                f"CREATE TABLE files ({', '.join(columns)}, PRIMARY KEY (source), UNIQUE (folded))"
+            )
+    except sqlite3.OperationalError as err:
+        raise UsageError(
+            f"another run is writing to {output} ({err}): wait for it, or name another --output"
+        ) from err
+    return ledger
+
+
+def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tuple[str, str]:
+    """Return a file's PNG, a path under the variant folder, and that path with case and Unicode form folded.
+
+    Only a final .dcm is cut: names are often UIDs, full of dots. Of several files that would share a name
+    (x and x.dcm; X.dcm and x.dcm on Windows and macOS), all but the first carry a hash of their own.
+    """
+    stem = target[:-4] if target.lower().endswith(".dcm") else target
+    folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
+    if is_taken(folded) or len(Path(stem).name.encode()) > 240:
+        folder, _, name = stem.rpartition("/")
+        stem = f"{folder}/{name[:50]}~{hashlib.sha256(source.encode()).hexdigest()[:16]}".lstrip("/")
+        folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
+    return f"{stem}.png", folded
+
+
+def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input]) -> None:
+    """Bring the ledger's list of files up to date; what an earlier run found out about a file stays."""
+    ledger.execute("UPDATE files SET listed = 0, folded = NULL, todo = ''")
+
+    def is_taken(folded: str) -> bool:
+        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (folded,)).fetchone() is not None
+
+    for found in inputs:
+        source, path, target, refusal = found.source, str(found.path), found.target, found.refusal
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # bytes that are no text, possible on Linux alone
+            source = target = source.encode(errors="backslashreplace").decode()
+            refusal = "its name is not valid Unicode: rename it"
+        image, folded = free_name(target, source, is_taken)
+        ledger.execute(
+            "INSERT INTO files (source, path, image, folded, split, label, listed) "
+            "VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (source) DO UPDATE SET "
+            "path = excluded.path, folded = excluded.folded, "
+            "split = excluded.split, label = excluded.label, listed = 1, image = excluded.image, "
+            "fingerprint = CASE WHEN image = excluded.image THEN fingerprint END",
+            (source, "" if refusal else path, image, folded, found.split, found.label),
+        )
+        if refusal:
+            record(ledger, source, {"status": "failed", "reason": refusal})
+    ledger.execute("DELETE FROM files WHERE NOT listed")
+
+
+def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[sqlite3.Row]:
+    """Yield rows in order of source, a page in memory at a time; the table may change meanwhile."""
+    last = ""
+    while rows := ledger.execute(
+        f"SELECT * FROM files WHERE source > ? AND {where} ORDER BY source LIMIT ?", (last, size)
+    ).fetchall():
+        yield from rows
+        last = rows[-1]["source"]
+
+
+def fingerprint(path: Path, identity: str) -> str:
+    """Return a hash of what a file's PNGs depend on: its size and time, and the run's identity."""
+    try:
+        stat = path.stat()
+    except OSError:  # the worker will say what is wrong with it
+        return ""
+    return hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {identity}".encode()).hexdigest()[:16]
+
+
+def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> None:
+    """Note for each file the variants to write; none where everything is up to date.
+
+    Where the input, settings or code changed, variants that are on disk are made again even if not asked for,
+    so that one folder never mixes two settings.
+    """
+    for row in pages(ledger, "path != ''"):
+        due = fingerprint(Path(row["path"]), identity)
+        same = row["status"] == "ok" and row["fingerprint"] == due
+        exists = {v for v in VARIANTS if (args.output / v / row["image"]).exists()}
+        wanted = {v for v in args.variants if args.force or not same or v not in exists}
+        todo = " ".join(v for v in VARIANTS if v in wanted or (v in exists and not same))
+        ledger.execute("UPDATE files SET due = ?, todo = ? WHERE source = ?", (due, todo, row["source"]))
+
+
+def record(ledger: sqlite3.Connection, source: str, fields: dict) -> None:
+    """Write what became of a file into the ledger."""
+    kept = ("source", "image", "split", "label", "fingerprint")
+    columns = [column for column in MANIFEST_COLUMNS if column not in kept]
+    values = [str(fields.get(column, "")) for column in columns]
+    ledger.execute(
+        f"UPDATE files SET {', '.join(f'{column} = ?' for column in columns)}, fingerprint = due, todo = '' "
+        "WHERE source = ?",
+        (*values, source),
+    )
+
+
+def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
+    """Write manifest.csv, a row per input file, sorted by source."""
+    temporary = output / ".tmp" / "manifest.csv"
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(MANIFEST_COLUMNS)
+        writer.writerows([row[column] for column in MANIFEST_COLUMNS] for row in pages(ledger, "1"))
+    temporary.replace(output / "manifest.csv")
+
+
+# ---------------------------------------- Kaggle's RSNA-2019 download
+
+
+def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
+    """Return the label file of the unpacked download and {slice id: path} of its training slices."""
+    for top in (rsna, rsna / "rsna-intracranial-hemorrhage-detection"):
+        for folder in (top / "stage_2_train_images", top / "stage_2_train"):
+            if (top / "stage_2_train.csv").is_file() and folder.is_dir():
+                paths = (Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
+                return top / "stage_2_train.csv", {path.stem: path for path in paths}
+    raise UsageError(
+        f"{rsna} has no stage_2_train.csv beside stage_2_train_images/: unpack the download there"
+    )
+
+
+def read_rsna_labels(path: Path, files: set[str]):
+    """Return the slices of stage_2_train.csv that have one class, and count the others.
+
+    The file has a row for each slice and subtype (ID_x_epidural,1). A slice with several subtypes can't be
+    given one class; it is left out, never forced.
+    """
+    import pandas as pd  # here, as the worker processes need not wait for it
+
+    rows = pd.read_csv(path)
+    if not {"ID", "Label"} <= set(rows.columns):
+        raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
+    repeated = int(rows.duplicated(["ID", "Label"]).sum())
+    rows = rows.drop_duplicates(["ID", "Label"])
+    rows[["slice", "subtype"]] = rows["ID"].str.rsplit("_", n=1, expand=True)
+    contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
+    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(CLASSES)]
+    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=list(CLASSES[1:]))
+    complete = table.dropna()
+    positives = (complete > 0).sum(axis=1)
+    single = complete[positives <= 1]
+    labels = single.gt(0).idxmax(axis=1).where(single.gt(0).any(axis=1), "healthy")
+    left_out = {
+        "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
+        "rows that repeat another": repeated,
+        "slices with contradicting rows": len(contradicting),
+        "slices without a row for each subtype": len(table) - len(complete),
+        "slices with several subtypes": int((positives > 1).sum()),
+    }
+    return labels.rename("label").rename_axis("slice").reset_index(), left_out
+
+
+def read_patient_ids(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the PatientID of each file, '' where it can't be read."""
+    for path in paths:
+        try:
+            with refusing("unreadable header", ""):
+                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+                yield str(ds.get("PatientID") or "")
+        except UnsuitableFile:
+            yield ""
+
+
+def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
+    """Choose balanced slices of as many patients as possible, none of them on both sides.
+
+    candidates: DataFrame (slice, label, patient). Returns the chosen rows with a column split, train or test.
+    Patients go to the test side class by class, the rarest class first, in proportion; then each side takes
+    one slice of each patient, a second one of each, and so on.
+    """
+    rows = candidates.sample(frac=1, random_state=seed)
+    test_patients: set[str] = set()
+    share = test_per_class / max(per_class + test_per_class, 1)
+    counts = rows.groupby("label")["patient"].nunique().sort_values(kind="stable")
+    for label in counts.index:
+        slices_of = rows[rows["label"] == label].groupby("patient", sort=False).size()
+        wanted = min(test_per_class, math.ceil(share * len(slices_of)))
+        mine = [p for p in slices_of.index if p in test_patients]
+        for patient in (p for p in slices_of.index if p not in test_patients):
+            enough = len(mine) >= wanted and slices_of[mine].sum() >= test_per_class
+            if (
+                enough or len(mine) >= len(slices_of) // 2
+            ):  # at least half of a class's patients are for training
+                break
+            mine.append(patient)
+        test_patients.update(mine if test_per_class else [])
+    rows = rows.assign(split=np.where(rows["patient"].isin(test_patients), "test", "train"))
+    rows["turn"] = rows.groupby(["split", "label", "patient"]).cumcount()
+    rows = rows.sort_values("turn", kind="stable")
+    place = rows.groupby(["split", "label"]).cumcount()
+    quota = rows["split"].map({"train": per_class, "test": test_per_class})
+    return rows[place < quota].drop(columns="turn").sort_values("slice")
+
+
+def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[Input]:
+    """Choose slices of the RSNA download and return them; print what was taken, what was not, and why."""
+    csv_path, paths = find_rsna_files(rsna)
+    labels, left_out = read_rsna_labels(csv_path, set(paths))
+    test_per_class = test // len(CLASSES)
+    has_file = labels["slice"].isin(paths.keys())
+    left_out["slices without a file"] = int((~has_file).sum())
+    labels = labels[has_file]
+
+    shuffled = labels.sample(frac=1, random_state=seed)
+    pool = shuffled.groupby("label").head(RSNA_CANDIDATES * (per_class + test_per_class)).sort_values("slice")
+    files = (paths[name] for name in pool["slice"])
+    pool["patient"] = list(tqdm(read_patient_ids(files), total=len(pool), desc="patients", disable=None))
+    left_out["slices without a readable PatientID"] = int((pool["patient"] == "").sum())
+    chosen = choose_slices(pool[pool["patient"] != ""], per_class, test_per_class, seed)
+    left_out["slices of one class, not needed"] = (
+        len(labels) - len(chosen) - left_out["slices without a readable PatientID"]
+    )
+    print_rsna_table(labels, chosen, left_out, per_class, test_per_class)
+    return [
+        Input(
+            source=paths[row.slice].relative_to(rsna).as_posix(),
+            path=paths[row.slice],
+            target=f"TrainingData/{row.label}/{row.slice}"
+            if row.split == "train"
+            else f"TestingData/{row.slice}",
+            split=row.split,
+            label=row.label,
+        )
+        for row in chosen.itertuples()
+    ]
+
+
+def print_rsna_table(labels, chosen, left_out: dict[str, int], per_class: int, test_per_class: int) -> None:
+    """Print slices and patients taken of each class, then how many slices or rows were left out, and why."""
+    print(f"{'class':18}{'available':>10}{'training':>10}{'patients':>10}{'testing':>10}{'patients':>10}")
+    for label in CLASSES:
+        line, short = f"{label:18}{(labels['label'] == label).sum():10}", []
+        for split, quota in (("train", per_class), ("test", test_per_class)):
+            mine = chosen[(chosen["label"] == label) & (chosen["split"] == split)]
+            line += f"{len(mine):10}{mine['patient'].nunique():10}"
+            if len(mine) < quota:
+                short.append(f"{quota - len(mine)} too few for {split}ing")
+        print(line + ("  missing" if label not in set(chosen["label"]) else "  " + ", ".join(short)))
+    for reason, count in left_out.items():
+        print(f"left out: {count} {reason}")
+
+
+# ---------------------------------------- running: processes here, or a Dask cluster
+
+Outcome = tuple[Task, dict]
+CRASHED = (
+    f"its decoder crashed, took over {TIME_LIMIT_S} s or over {MEMORY_LIMIT >> 30} GB of memory: damaged, "
+    "export it again, uncompressed"
+)
+
+
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process, which stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def finished(waiting: dict[Future, Task], crashes: tuple[type[Exception], ...]) -> Iterator[Outcome]:
+    """Wait for at least one future; remove and yield all that are done. A crash costs its own file."""
+    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+        task = waiting.pop(future)
+        try:
+            yield task, future.result()
+        except crashes:
+            yield task, {"status": "failed", "reason": CRASHED}
+
+
+def bounded(submit: Callable, tasks: Iterable[Task], ahead: int, crashes: tuple) -> Iterator[Outcome]:
+    """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields."""
+    waiting: dict[Future, Task] = {}
+    for task in tasks:
+        waiting[submit(task)] = task
+        if len(waiting) >= ahead:
+            yield from finished(waiting, crashes)
+    while waiting:
+        yield from finished(waiting, crashes)
+
+
+def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterator[Outcome]:
+    """Run tasks in processes of this machine; one that dies is replaced."""
+    pool = ProcessPool(jobs, initializer=ignore_interrupts, context=multiprocessing.get_context("spawn"))
+    try:
+        yield from bounded(
+            lambda task: pool.schedule(process, args=(task, settings)), tasks, 4 * jobs, (ProcessExpired,)
+        )
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator[Outcome]:
+    """Run tasks on a Dask cluster that sees the same file system; a worker that dies loses nothing."""
+    try:
+        import cloudpickle
+        from distributed import Client
+        from distributed.scheduler import KilledWorker
+    except ImportError as err:
+        raise UsageError('--dask needs an extra package: pip install "dask[distributed]"') from err
+    if __name__ != "__main__":
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not have this file
+    try:
+        client = Client(address, timeout="10s")
+    except (OSError, ValueError) as err:
+        raise UsageError(
+            f"no Dask scheduler at {address} ({one_line(err)}): start it, or leave --dask out"
+        ) from err
+    with client:
+        threads = [worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+        if not threads or max(threads) > 1:
+            raise UsageError(
+                "the Dask workers need one thread each: dask worker ADDRESS --nthreads 1 --nworkers N"
+            )
+        with client.get_executor(pure=False) as executor:
+            yield from bounded(
+                lambda task: executor.submit(process, task, settings),
+                tasks,
+                4 * len(threads),
+                (KilledWorker,),
+            )
+
+
+# ---------------------------------------- the run
+
+
+def read_patient_key(output: Path) -> bytes:
+    """Return the secret of this output's pseudonyms; made at the first run, for its owner's eyes."""
+    path = output / ".patient_key"
+    if not path.exists():
+        temporary = output / ".tmp" / "patient_key"
+        temporary.unlink(missing_ok=True)
+        temporary.touch(0o600)
+        temporary.write_text(secrets.token_hex(32), encoding="ascii")
+        temporary.replace(path)
+    return bytes.fromhex(path.read_text(encoding="ascii"))
+
+
+def run_identity(settings: Settings) -> str:
+    """Return a hash of all that PNGs and rows depend on besides the input: this code, settings, libraries."""
+    versions = (settings.roi_window, cv2.__version__, np.__version__, pydicom.__version__)
+    parts = (Path(__file__).read_bytes(), repr(versions).encode(), settings.patient_key)
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def commit(ledger: sqlite3.Connection) -> None:
+    """Make what the ledger has safe from a kill."""
+    ledger.execute("COMMIT")
+    ledger.execute("BEGIN EXCLUSIVE")
+
+
+def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> None:
+    """Convert every file that has something to do, and record what became of it."""
+    total = ledger.execute("SELECT count(*) FROM files WHERE todo != ''").fetchone()[0]
+    todo = pages(ledger, "todo != ''")
+    tasks = (Task(r["source"], Path(r["path"]), r["image"], tuple(r["todo"].split())) for r in todo)
+    jobs = min(args.jobs, max(total, 1))
+    outcomes = on_dask(tasks, settings, args.dask) if args.dask else in_processes(tasks, settings, jobs)
+    committed = time.monotonic()
+    for task, fields in tqdm(outcomes, total=total, desc="converting", unit="slice", disable=None):
+        if fields["status"] == "failed":
+            if not args.input.is_dir():
+                raise FileNotFoundError(f"the input folder {args.input} is gone")
+            for variant in VARIANTS if task.path.exists() else ():  # what a better version of the file left
+                (settings.output / variant / task.image).unlink(missing_ok=True)
+        record(ledger, task.source, fields)
+        if time.monotonic() - committed > COMMIT_EVERY_S:
+            commit(ledger)
+            committed = time.monotonic()
+
+
+def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
+    """Write preview.png: a slice of each class (a row) in each variant that it has on disk (a column).
+
+    A class shows its slice with the most soft tissue, of the training data where it has any.
+    """
+    tile, left, top, font = 200, 150, 44, cv2.FONT_HERSHEY_SIMPLEX  # px
+    best = (
+        "SELECT label, image FROM files WHERE label = ? AND status = 'ok' AND blank = '0' "
+        "ORDER BY split = 'train' DESC, head_fraction * (1 - bone_fraction) DESC, source LIMIT 1"
+    )
+    shown = [row for label in CLASSES for row in ledger.execute(best, (label,))]
+    variants = [v for v in VARIANTS if shown and all((output / v / row["image"]).exists() for row in shown)]
+    sheet = np.zeros((top + tile * len(shown), left + tile * len(variants)), np.uint8)
+    for j, variant in enumerate(variants):
+        words = variant.split("+")
+        for line, text in enumerate(("+".join(words[:2]), "+" + "+".join(words[2:]) if words[2:] else "")):
+            cv2.putText(sheet, text, (left + j * tile + 4, 18 + 18 * line), font, 0.5, 255, 1)
+    for i, row in enumerate(shown):
+        y = top + i * tile
+        cv2.putText(sheet, row["label"], (4, y + tile // 2), font, 0.5, 255, 1)
+        for j, variant in enumerate(variants):
+            data = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
+            picture = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+            scale = (tile - 4) / max(picture.shape)
+            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            x = left + j * tile
+            sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    if variants:
+        write_atomically(output / "preview.png", cv2.imencode(".png", sheet)[1].tobytes(), output)
+
+
+def print_report(ledger: sqlite3.Connection, written: int) -> int:
+    """Print what became of every file, the bad ones with their reasons; return how many failed."""
+
+    def count(where: str) -> int:
+        return ledger.execute(f"SELECT count(*) FROM files WHERE {where}").fetchone()[0]
+
+    found, failed = count("1"), count("status = 'failed'")
+    for number, row in enumerate(pages(ledger, "status = 'failed'")):
+        if number == FAILED_SHOWN:
+            print(f"failed: {failed - number} more, see manifest.csv", file=sys.stderr)
+            break
+        print(f"failed: {row['source']!r}: {row['reason']}", file=sys.stderr)
+    notes = {
+        "without a usable window in the header, shown in the brain window": "window_source = 'default'",
+        "with the 12-bit wrap, repaired": "hu_repaired = '1'",
+        "blank, or nearly so": "blank = '1'",
+        "without PatientID": "status = 'ok' AND patient = ''",
+        "with warnings, see manifest.csv": "warnings != ''",
+    }
+    for note, where in notes.items():
+        if number := count(where):
+            print(f"note: {number} {note}")
+    print(f"found {found} = written {written} + up to date {found - failed - written} + failed {failed}")
+    return failed
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert what is missing or changed, write manifest and preview, report; return the exit status."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        ledger = open_ledger(args.output)
+        stack.callback(ledger.close)
+        settings = Settings(args.output.resolve(), args.roi_window, read_patient_key(args.output))
+        rsna = args.rsna and find_rsna_inputs(args.rsna, args.per_class, args.test, args.seed)
+        list_inputs(ledger, rsna or find_inputs(args.raw_data))
+        plan(ledger, args, run_identity(settings))
+        commit(ledger)
+        todo = "status = 'ok' AND fingerprint = due AND todo = ''"
+        before = ledger.execute(f"SELECT count(*) FROM files WHERE {todo}").fetchone()[0]
+        try:
+            convert_all(ledger, settings, args)
+        finally:
+            commit(ledger)
+            write_manifest(ledger, args.output)
+        written = ledger.execute(f"SELECT count(*) FROM files WHERE {todo}").fetchone()[0] - before
+        if rsna:
+            lines = [f"{Path(i.target).name},{i.label}\n" for i in rsna if i.split == "test"]
+            write_atomically(
+                args.output / "TestingData_labels.csv",
+                "".join(["image,label\n", *lines]).encode(),
+                args.output,
+            )
+        if written or not (args.output / "preview.png").exists():
+            draw_preview(ledger, args.output)
+        failed = print_report(ledger, written)
+        ledger.execute("COMMIT")
+    print(f"{args.output}: {time.monotonic() - started:.1f} s, {args.dask or f'{args.jobs} processes'}")
+    return 1 if failed else 0
+
+
+# ---------------------------------------- command line
+
+
+def roi_window(text: str) -> tuple[float, float] | None:
+    """Parse --roi-window: brain, header, or C,W in HU."""
+    if text == "header":
+        return None
+    if text == "brain":
+        return BRAIN_WINDOW
+    try:
+        center, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not brain, header or C,W such as 40,80") from None
+    if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: the width has to be 1 HU or more")
+    return center, width
+
+
+def variant_name(text: str) -> str:
+    """Parse one of --variants: a folder name or its number."""
+    match = [name for name in VARIANTS if text in (name, name.split("_")[0])]
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(VARIANTS)}, nor the number of one")
+    return match[0]
+
+
+def whole_number(text: str, smallest: int = 1) -> int:
+    """Parse a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} or more")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's settings; usage errors end the program with status 2."""
+    here = Path(__file__).resolve().parent
+    title, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=title, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name: str, text: str, default: object, shown: object = None, **options) -> None:
+        text += f" (default: {default if shown is None else shown})"
+        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
+
+    add("--raw-data", "input folder", here / "raw_data", "raw_data beside the script", type=Path)
+    add(
+        "--output",
+        "output folder",
+        here / "data_preprocessing",
+        "data_preprocessing beside the script",
+        type=Path,
+    )
+    choice = f"folder names or numbers of {' '.join(VARIANTS)}"
+    add("--variants", choice, list(VARIANTS), "all", type=variant_name, nargs="+", metavar="V")
+    add("--jobs", "processes", joblib.cpu_count(), f"all cores, here {joblib.cpu_count()}", type=whole_number)
+    window = "window of the ROI step: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
+    add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
+    add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
+    add(
+        "--rsna",
+        "take slices from Kaggle's unpacked RSNA-2019 download instead",
+        None,
+        "off",
+        type=Path,
+        metavar="DIR",
+    )
+    add("--per-class", "training slices of each class, with --rsna", 1000, type=whole_number, metavar="N")
+    zero_or_more = partial(whole_number, smallest=0)
+    add(
+        "--test",
+        "slices of TestingData, all classes together, with --rsna",
+        600,
+        type=zero_or_more,
+        metavar="N",
+    )
+    add("--seed", "of the choice of slices, with --rsna", 0, type=zero_or_more)
+    add("--dask", "send the work to the Dask scheduler at this address", None, "off", metavar="ADDRESS")
+    args = parser.parse_args(argv)
+    args.input = args.rsna or args.raw_data
+    if not args.rsna and not any(
+        (args.raw_data / split).is_dir() for split in ("TrainingData", "TestingData")
+    ):
+        parser.error(
+            f"{args.raw_data} has neither TrainingData/<class>/ nor TestingData/: put the slices there, or "
+            "name the folder that holds them with --raw-data"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    args = parse_args(argv)
+    go_on = "what was done stays, and the same command goes on from there"
+    try:
+        return run(args)
+    except UsageError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except (OSError, sqlite3.OperationalError) as err:  # inputs are guarded one by one, so this is the output
+        print(f"error: stopped, {err}; {go_on}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {go_on}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Step 1's pixel arithmetic, against hand-computed arrays and plain formulas of the DICOM standard."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+from conftest import disc, make_ct, plain_head
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.tag import Tag
+
+import Step1_Image_Preprocessing as step1
+
+
+def hu_and_grey(ds):
+    hu, _ = step1.hounsfield(step1.decode(ds), ds)
+    return hu, step1.dicom2png(hu, ds)[0]
+
+
+def ct_slice(hu):
+    """Return a CTSlice as it is after dicom2png with a brain window."""
+    hu = hu.astype(np.float32)
+    return step1.CTSlice(
+        hu, step1.window_to_grey(hu, (40, 80)), np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0])
+    )
+
+
+def run_steps(hu, *names, roi_window=(40.0, 80.0)):
+    return step1.step_runner(ct_slice(hu), roi_window)(names)
+
+
+def voi_oracle(x, center, width, function):
+    """PS3.3 C.11.2.1.2.1 and C.11.2.1.3, value by value, for an output range of 0 to 255."""
+    if function == "SIGMOID":
+        return 255 / (1 + math.exp(min(-4 * (x - center) / width, 700)))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    if x <= center - width / 2:
+        return 0
+    if x > center + width / 2:
+        return 255
+    return ((x - center) / width + 0.5) * 255
+
+
+# ---------------------------------------- stored values -> HU
+
+
+def test_rescale_gives_hu_for_unsigned_values():
+    hu, _ = hu_and_grey(make_ct(np.array([[0, 1024, 1064]], np.uint16), RescaleIntercept=-1024))
+    assert hu.tolist() == [[-1024, 0, 40]]
+
+
+def test_rescale_gives_hu_for_signed_values_with_a_slope():
+    hu, _ = hu_and_grey(make_ct(np.array([[-500, 0, 20]], np.int16), RescaleSlope=2, RescaleIntercept=3))
+    assert hu.tolist() == [[-997, 3, 43]]
+
+
+def test_padding_becomes_air():
+    ct = make_ct(np.array([[-2000, 0, 40]], np.int16), PixelPaddingValue=-2000)
+    assert hu_and_grey(ct)[0].tolist() == [[-1000, 0, 40]]
+
+
+def test_padding_range_becomes_air():
+    ct = make_ct(np.array([[-2000, -1900, -1800, 5]], np.int16))
+    ct.PixelPaddingValue, ct.PixelPaddingRangeLimit = -2000, -1900
+    assert hu_and_grey(ct)[0].tolist() == [[-1000, -1000, -1800, 5]]
+
+
+def test_wrapped_12bit_values_are_repaired_and_reported():
+    true_hu = np.array([[-1000, -1, 0, 40, 3000]])
+    stored = np.where(true_hu < 0, true_hu + 4096, true_hu).astype(np.uint16)
+    ct = make_ct(stored, BitsStored=12, HighBit=11)
+    hu, repaired = step1.hounsfield(step1.decode(ct), ct)
+    assert repaired
+    assert hu.tolist() == true_hu.tolist()
+
+
+def test_12bit_values_with_a_usual_intercept_are_left_alone():
+    ct = make_ct(np.array([[0, 3200]], np.uint16), BitsStored=12, HighBit=11, RescaleIntercept=-1024)
+    hu, repaired = step1.hounsfield(step1.decode(ct), ct)
+    assert not repaired
+    assert hu.tolist() == [[-1024, 2176]]
+
+
+def test_values_no_ct_has_are_refused():
+    ct = make_ct(np.full((4, 4), 30_000, np.int16))
+    with pytest.raises(step1.UnsuitableFile, match="20,000 HU"):
+        step1.hounsfield(step1.decode(ct), ct)
+
+
+# ---------------------------------------- HU -> grey
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize(("center", "width"), [(40, 80), (36.5, 81.25), (100, 600), (40, 1.5)])
+def test_window_follows_the_standards_formula(function, center, width):
+    hu = np.arange(-300, 500, dtype=np.int16).reshape(8, 100)
+    ct = make_ct(hu, WindowCenter=center, WindowWidth=width, VOILUTFunction=function)
+    expected = [[round(voi_oracle(int(x), center, width, function)) for x in row] for row in hu]
+    assert hu_and_grey(ct)[1].tolist() == expected
+
+
+def test_brain_window_by_hand():
+    # LINEAR 40/80: black up to 39.5 - 39.5 = 0 HU, white above 79 HU, 255 grey levels over 79 HU
+    grey = step1.window_to_grey(np.array([[-5, 0, 1, 40, 79, 80]], np.float32), (40, 80))
+    assert grey.tolist() == [[0, 0, round(255 / 79), round(40 * 255 / 79), 255, 255]]
+
+
+def test_a_grey_level_means_the_same_hu_in_every_slice():
+    dark = make_ct(np.array([[0, 40]], np.int16), WindowCenter=40, WindowWidth=80)
+    bright = make_ct(np.array([[40, 3000]], np.int16), WindowCenter=40, WindowWidth=80)
+    assert hu_and_grey(dark)[1][0, 1] == hu_and_grey(bright)[1][0, 0]
+
+
+def test_signed_and_unsigned_twins_give_the_same_picture():
+    hu = np.arange(-100, 156).reshape(16, 16)
+    signed = make_ct(hu.astype(np.int16), WindowCenter=40, WindowWidth=80)
+    unsigned = make_ct((hu + 1024).astype(np.uint16), RescaleIntercept=-1024, WindowCenter=40, WindowWidth=80)
+    assert np.array_equal(hu_and_grey(signed)[1], hu_and_grey(unsigned)[1])
+
+
+def test_first_of_several_windows_counts():
+    stored = np.array([[0, 40, 80]], np.int16)
+    both = make_ct(stored, WindowCenter=[40, 600, 7], WindowWidth=[80, 3000])
+    one = make_ct(stored, WindowCenter=40, WindowWidth=80)
+    assert hu_and_grey(both)[1].tolist() == hu_and_grey(one)[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"WindowCenter": 40},
+        {"WindowCenter": "", "WindowWidth": ""},
+        {"WindowCenter": 600, "WindowWidth": 0.5},
+        {"WindowCenter": 600, "WindowWidth": 0, "VOILUTFunction": "SIGMOID"},
+        {"WindowCenter": 600, "WindowWidth": 80, "VOILUTFunction": "CUBIC"},
+    ],
+    ids=["absent", "no width", "empty", "width below 1", "sigmoid width 0", "unknown function"],
+)
+def test_unusable_window_becomes_the_brain_window_and_says_so(window):
+    ds = make_ct(np.array([[0, 20, 40]], np.int16), **window)
+    grey, fields = step1.dicom2png(np.array([[0, 20, 40]], np.float32), ds)
+    assert fields == {"window_center": 40, "window_width": 80, "window_source": "default"}
+    assert grey.tolist() == [[0, round(20 * 255 / 79), round(40 * 255 / 79)]]
+
+
+@pytest.mark.parametrize("text", [b"forty ", b"nan", b"inf "])
+def test_window_that_is_no_finite_number_becomes_the_brain_window(text):
+    ds = make_ct(np.zeros((1, 1), np.int16))
+    ds.WindowWidth = 80
+    ds[0x0028, 0x1050] = RawDataElement(Tag(0x0028, 0x1050), "DS", len(text), text, 0, False, True)
+    assert step1.header_window(ds) is None
+
+
+def test_voi_lut_goes_before_the_window():
+    item = Dataset()
+    item.add_new(0x00283002, "SS", [4, -1, 8])  # four entries, the first for -1 HU, 8 bits
+    item.add_new(0x00283006, "US", [10, 20, 30, 250])
+    ct = make_ct(np.array([[-50, -1, 0, 1, 2, 90]], np.int16), WindowCenter=40, WindowWidth=80)
+    ct.VOILUTSequence = Sequence([item])
+    hu = np.array([[-50, -1, 0, 1, 2, 90]], np.float32)
+    grey, fields = step1.dicom2png(hu, ct)
+    assert grey.tolist() == [[10, 10, 20, 30, 250, 250]]
+    assert fields == {"window_source": "header"}
+
+
+def test_monochrome1_shows_the_lowest_value_white():
+    window = {"WindowCenter": 40, "WindowWidth": 80}
+    stored = np.arange(-20, 100, dtype=np.int16).reshape(10, 12)
+    usual = hu_and_grey(make_ct(stored, **window))[1]
+    inverted = hu_and_grey(make_ct(stored, PhotometricInterpretation="MONOCHROME1", **window))[1]
+    assert np.array_equal(inverted, 255 - usual)
+
+
+# ---------------------------------------- masks
+
+
+def test_head_mask_is_the_disc_and_not_the_table():
+    hu = plain_head()
+    head = hu > -1000
+    hu[115:118, 10:120] = 300  # a table
+    assert np.array_equal(step1.head_mask(hu.astype(np.float32)), head)
+
+
+def test_head_mask_cuts_a_holder_wall_that_touches_the_skin():
+    hu = plain_head(512)
+    head = hu > -1000
+    wall = np.zeros(hu.shape, bool)
+    wall[150:400, 436:442] = True  # x = 435 is the head's rightmost pixel
+    hu[wall] = 300
+    mask = step1.head_mask(hu.astype(np.float32))
+    assert (mask & wall).sum() < 0.1 * wall.sum()  # a little where it touches
+    assert (head & ~mask).sum() < 0.005 * head.sum()
+
+
+def test_head_mask_keeps_a_soft_short_ear():
+    hu = plain_head()
+    hu[60:64, 108:118] = 20
+    mask = step1.head_mask(hu.astype(np.float32))
+    assert mask[60:64, 108:118].all()
+
+
+def test_head_mask_keeps_air_inside_the_head():
+    hu = plain_head()
+    hu[disc(hu.shape, (64, 50), 6)] = -1000  # a sinus
+    assert step1.head_mask(hu.astype(np.float32))[50, 64]
+
+
+@pytest.mark.parametrize("value", [-1000, -3024], ids=["air", "outside the field of view"])
+def test_head_mask_of_a_slice_without_head_is_empty(value):
+    assert not step1.head_mask(np.full((64, 64), value, np.float32)).any()
+
+
+def test_bone_mask_is_the_skull():
+    hu = plain_head()
+    bone = step1.bone_mask(hu.astype(np.float32), hu > -1000)
+    assert np.array_equal(bone, hu == 900)
+
+
+def test_bone_mask_spares_a_calcified_plexus():
+    hu = plain_head(256)
+    plexus = disc(hu.shape, (128, 128), 4)
+    hu[plexus] = 400
+    assert not step1.bone_mask(hu.astype(np.float32), hu > -1000)[plexus].any()
+
+
+def test_bone_mask_takes_the_partial_volume_rim():
+    hu = plain_head()
+    inner = disc(hu.shape, (64, 64), 0.27 * 128)
+    rim = inner & ~disc(hu.shape, (64, 64), 0.27 * 128 - 1)
+    hu[rim] = 110
+    assert step1.bone_mask(hu.astype(np.float32), hu > -1000)[rim].all()
+
+
+@pytest.mark.parametrize(
+    ("points", "box"),
+    [
+        ([(5, 4), (9, 6)], (4, 3, 9, 8)),  # x 4..6, y 5..9: five wide and high
+        ([(0, 0), (2, 0)], (0, 0, 3, 3)),  # at the corner: moved inside
+        ([(9, 19), (7, 19)], (17, 7, 20, 10)),
+        ([(3, 0), (3, 19)], (0, 0, 20, 20)),  # wider than the image is high: sticks out below
+        ([], (0, 0, 20, 10)),
+    ],
+    ids=["inside", "corner", "far corner", "too wide", "nothing"],
+)
+def test_square_box(points, box):
+    mask = np.zeros((10, 20), bool)
+    for y, x in points:
+        mask[y, x] = True
+    got = step1.square_box(mask)
+    if points and box == (4, 3, 9, 8):  # centred on x, whichever way the half pixel falls
+        assert got[1] == 5 and got[3] == 10 and got[2] - got[0] == 5 and got[0] in (2, 3)
+    else:
+        assert got == box
+
+
+def test_crop_fills_what_lies_beyond_the_edge():
+    assert step1.crop(np.array([[1, 2], [3, 4]]), (1, 0, 4, 3), 0).tolist() == [
+        [2, 0, 0],
+        [4, 0, 0],
+        [0, 0, 0],
+    ]
+
+
+# ---------------------------------------- steps
+
+
+def test_roi_blacks_out_the_table_and_shows_the_head_in_the_brain_window():
+    hu = plain_head()
+    hu[115:118, 10:120] = 300
+    ct = run_steps(hu, "roi")
+    assert ct.image[116].max() == 0
+    assert ct.image[64, 64] == round(35 * 255 / 79)
+
+
+def test_roi_with_the_headers_window_only_masks():
+    hu = plain_head()
+    hu[115:118, 10:120] = 300
+    before = ct_slice(hu)
+    after = step1.roi(before, None)
+    assert np.array_equal(
+        after.image, np.where(hu > -1000, before.image, 0) * (np.arange(128) < 115)[:, None]
+    )
+
+
+def test_noblank_removes_skull_and_crops_to_the_head():
+    ct = run_steps(plain_head(), "roi", "noblank")
+    assert ct.box == (20, 20, 109, 109)  # a disc of radius 44.8 round (64, 64)
+    assert ct.image.shape == (89, 89)
+    assert ct.image[44, 44] == round(35 * 255 / 79)
+    assert not ct.image[ct.hu == 900].any()
+
+
+def test_bleed_of_95_hu_under_a_narrow_window_survives_noblank():
+    hu = plain_head()
+    bleed = disc(hu.shape, (64, 38), 9) & (hu == 35)  # touches the inner table
+    hu[bleed] = 95
+    ct = run_steps(hu, "roi", "noblank", roi_window=(30.0, 60.0))
+    x0, y0, x1, y1 = ct.box
+    assert (ct.image[bleed[y0:y1, x0:x1]] == 255).all()
+
+
+def test_clahe_keeps_background_black_and_equals_opencv_inside():
+    rng = np.random.default_rng(0)
+    hu = plain_head() + rng.integers(-20, 20, (128, 128)).astype(np.int16)
+    before, after = run_steps(hu, "roi"), run_steps(hu, "roi", "clahe")
+    expected = cv2.createCLAHE(clipLimit=5.0, tileGridSize=(8, 8)).apply(before.image)
+    assert expected[~before.mask].max() > 0  # else this test shows nothing
+    assert after.image[~before.mask].max() == 0
+    assert np.array_equal(after.image[before.mask], expected[before.mask])
+
+
+def bilateral_oracle(image, y, x, radius=10, sigma_color=50, sigma_space=50):
+    """Tomasi and Manduchi 1998, equation 5, over the disc that OpenCV uses, away from the borders."""
+    weights = total = 0.0
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            if dy * dy + dx * dx <= radius * radius:
+                value = float(image[y + dy, x + dx])
+                difference = value - float(image[y, x])
+                weight = math.exp(
+                    -(dy * dy + dx * dx) / (2 * sigma_space**2) - difference**2 / (2 * sigma_color**2)
+                )
+                weights += weight
+                total += weight * value
+    return total / weights
+
+
+def test_bilateral_follows_the_papers_formula():
+    rng = np.random.default_rng(0)
+    hu = plain_head() + rng.integers(-20, 20, (128, 128)).astype(np.int16)
+    before, after = run_steps(hu, "roi"), run_steps(hu, "roi", "bilateral")
+    for y, x in ((64, 64), (30, 64), (64, 105), (90, 70)):
+        assert before.mask[y, x]
+        assert abs(after.image[y, x] - bilateral_oracle(before.image, y, x)) <= 0.51
+    assert after.image[~before.mask].max() == 0
+
+
+def test_bilateral_of_the_heads_box_equals_that_of_the_whole_image():
+    rng = np.random.default_rng(0)
+    hu = plain_head(256) + rng.integers(-20, 20, (256, 256)).astype(np.int16)
+    before, after = run_steps(hu, "roi"), run_steps(hu, "roi", "bilateral")
+    whole = cv2.bilateralFilter(before.image, 20, 50, 50)
+    assert np.array_equal(after.image, np.where(before.mask, whole, 0))
+
+
+@pytest.mark.parametrize("value", [-1000, 0, 40, 3000])
+@pytest.mark.parametrize("steps", step1.VARIANTS.values(), ids=step1.VARIANTS)
+def test_constant_slices_pass_every_variant(value, steps):
+    ct = run_steps(np.full((64, 64), value, np.int16), *steps)
+    assert ct.image.dtype == np.uint8
+    assert ct.image.shape == (64, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (7, 5)])
+def test_odd_shapes_pass_every_variant(shape):
+    rng = np.random.default_rng(0)
+    for steps in step1.VARIANTS.values():
+        assert run_steps(rng.integers(-100, 200, shape).astype(np.int16), *steps).image.ndim == 2
+
+
+@pytest.mark.parametrize(
+    ("hu", "blank"),
+    [
+        (np.full((64, 64), -1000), True),
+        (np.full((64, 64), 40), True),
+        (plain_head(64), False),
+        (np.where(disc((64, 64), (32, 32), 3), 30, -1000), True),
+    ],
+    ids=["air", "constant", "head", "tip of the vertex"],
+)
+def test_blank(hu, blank):
+    hu = hu.astype(np.float32)
+    assert step1.is_blank(hu, step1.head_mask(hu)) is blank
+
+
+def test_shared_beginnings_are_computed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(step1, "head_mask", lambda hu: calls.append(1) or hu > -1000)
+    after = step1.step_runner(ct_slice(plain_head()), (40.0, 80.0))
+    for steps in step1.VARIANTS.values():
+        after(steps)
+    assert len(calls) == 1

@@ -1,0 +1,192 @@
+"""Step 1 on the layout of Kaggle's RSNA-2019 download, made small in a temporary folder."""
+
+import csv
+
+import pandas as pd
+import pytest
+from conftest import plain_head, save_ct
+
+import Step1_Image_Preprocessing as step1
+
+SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+
+
+def csv_rows(slice_id, *positive):
+    """Return a slice's six lines of stage_2_train.csv."""
+    values = {name: int(name in positive) for name in SUBTYPES} | {"any": int(bool(positive))}
+    return [(f"{slice_id}_{name}", value) for name, value in values.items()]
+
+
+@pytest.fixture
+def download(tmp_path):
+    """Return a download of 9 slices a class, of 3 patients each, and one slice with two subtypes."""
+    folder, rows = tmp_path / "kaggle", []
+    for label in step1.CLASSES:
+        for number in range(9):
+            name = f"ID_{label[:9]}{number}"
+            hu = plain_head(48, 20 + number)
+            patient = f"{label}-{number // 3}"
+            save_ct(
+                folder / "stage_2_train_images" / f"{name}.dcm",
+                hu,
+                PatientID=patient,
+                WindowCenter=40,
+                WindowWidth=80,
+            )
+            rows += csv_rows(name, *([] if label == "healthy" else [label]))
+    save_ct(folder / "stage_2_train_images" / "ID_both.dcm", plain_head(48))
+    rows += csv_rows("ID_both", "epidural", "subdural")
+    write_csv(folder, rows)
+    (folder / "stage_2_test_images").mkdir()
+    return folder
+
+
+def write_csv(folder, rows, header=("ID", "Label")):
+    with (folder / "stage_2_train.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def read_csv(folder):
+    with (folder / "stage_2_train.csv").open(newline="", encoding="utf-8") as file:
+        return [tuple(row) for row in csv.reader(file)][1:]
+
+
+def run(download, *options, output="out"):
+    """Run Step 1 on the download, in this process; return its manifest."""
+    out = download.parent / output
+    assert step1.main(["--rsna", str(download), "--output", str(out), *options]) == 0
+    return pd.read_csv(out / "manifest.csv", keep_default_na=False)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    monkeypatch.setattr(
+        step1, "in_processes", lambda tasks, settings, jobs: ((t, step1.process(t, settings)) for t in tasks)
+    )
+
+
+def test_takes_balanced_classes_into_the_usual_layout(download):
+    rows = run(download, "--per-class", "4", "--test", "12")
+    assert rows.groupby(["split", "label"]).size().to_dict() == {
+        (split, label): count for split, count in (("test", 2), ("train", 4)) for label in step1.CLASSES
+    }
+    out = download.parent / "out"
+    for row in rows.itertuples():
+        folder = f"TrainingData/{row.label}" if row.split == "train" else "TestingData"
+        assert row.image == f"{folder}/{row.source.split('/')[1][:-4]}.png"
+        assert (out / "6_ROI+noblank+CLAHE+Bilateral" / row.image).exists()
+
+
+def test_no_patient_is_on_both_sides(download):
+    rows = run(download, "--per-class", "4", "--test", "12")
+    sides = rows.groupby("patient")["split"].nunique()
+    assert len(sides) >= 12
+    assert (sides == 1).all()
+
+
+def test_takes_as_many_patients_as_possible(download):
+    rows = run(download, "--per-class", "3", "--test", "0")
+    assert (rows.groupby("label")["patient"].nunique() == 3).all()
+
+
+def test_same_seed_same_slices_and_another_seed_others(download):
+    first = set(run(download, "--per-class", "3", "--test", "6")["image"])
+    assert set(run(download, "--per-class", "3", "--test", "6", output="again")["image"]) == first
+    assert (
+        set(run(download, "--per-class", "3", "--test", "6", "--seed", "1", output="other")["image"]) != first
+    )
+
+
+def test_labels_of_the_test_slices_are_written(download):
+    rows = run(download, "--per-class", "4", "--test", "12")
+    labels = pd.read_csv(download.parent / "out" / "TestingData_labels.csv")
+    test = rows[rows["split"] == "test"]
+    expected = {
+        image.removeprefix("TestingData/").removesuffix(".png"): label
+        for image, label in zip(test["image"], test["label"], strict=True)
+    }
+    assert dict(labels.itertuples(index=False)) == expected
+    assert len(expected) == 12
+
+
+def test_slice_with_two_subtypes_is_left_out_and_counted(download, capsys):
+    rows = run(download, "--per-class", "9", "--test", "0")
+    assert not rows["image"].str.contains("ID_both").any()
+    assert "left out: 1 slices with several subtypes" in capsys.readouterr().out
+
+
+def test_repeated_rows_and_an_index_column_change_nothing(download, capsys):
+    first = set(run(download, "--per-class", "3", "--test", "6")["image"])
+    rows = read_csv(download)
+    write_csv(download, [(i, *row) for i, row in enumerate(rows + rows[:7])], header=("", "ID", "Label"))
+    assert set(run(download, "--per-class", "3", "--test", "6", output="again")["image"]) == first
+    assert "left out: 7 rows that repeat another" in capsys.readouterr().out
+
+
+def test_contradicting_rows_are_left_out_and_counted(download, capsys):
+    write_csv(download, [*read_csv(download), ("ID_epidural0_epidural", 0)])
+    rows = run(download, "--per-class", "9", "--test", "0")
+    assert not rows["image"].str.contains("ID_epidural0").any()
+    assert "left out: 1 slices with contradicting rows" in capsys.readouterr().out
+
+
+def test_incomplete_slices_are_left_out_and_counted(download, capsys):
+    write_csv(download, [row for row in read_csv(download) if row[0] != "ID_healthy0_subdural"])
+    rows = run(download, "--per-class", "9", "--test", "0")
+    assert not rows["image"].str.contains("ID_healthy0").any()
+    assert "left out: 1 slices without a row for each subtype" in capsys.readouterr().out
+
+
+def test_rows_without_a_file_and_files_without_a_row_are_counted(download, capsys):
+    (download / "stage_2_train_images" / "ID_healthy0.dcm").unlink()
+    save_ct(download / "stage_2_train_images" / "ID_new.dcm", plain_head(48))
+    rows = run(download, "--per-class", "9", "--test", "0")
+    assert not rows["image"].str.contains("ID_healthy0|ID_new").any()
+    output = capsys.readouterr().out
+    assert "left out: 1 slices without a file" in output
+    assert "left out: 1 files without a row" in output
+
+
+def test_class_that_is_missing_or_too_small_is_reported_and_the_run_goes_on(download, capsys):
+    write_csv(download, [row for row in read_csv(download) if not row[0].startswith("ID_epidural")])
+    rows = run(download, "--per-class", "10", "--test", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("epidural")).endswith("missing")
+    assert next(line for line in lines if line.startswith("subdural")).endswith("1 too few for training")
+    assert set(rows["label"]) == set(step1.CLASSES) - {"epidural"}
+
+
+def test_the_nested_folders_of_the_original_archive_are_found(download):
+    inner = download.parent / "archive" / "rsna-intracranial-hemorrhage-detection"
+    inner.parent.mkdir()
+    download.rename(inner)
+    (inner / "stage_2_train_images").rename(inner / "stage_2_train")
+    assert len(run(inner.parent, "--per-class", "1", "--test", "0")) == 6
+
+
+def test_folder_that_is_no_download_is_a_usage_error(tmp_path, capsys):
+    assert step1.main(["--rsna", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "stage_2_train.csv" in capsys.readouterr().err
+
+
+def test_patient_with_several_classes_stays_on_one_side():
+    rows = [
+        (f"{label}{patient}{number}", label, f"p{patient}")
+        for label in step1.CLASSES
+        for patient in range(20)
+        for number in range(2)
+    ]
+    candidates = pd.DataFrame(rows, columns=["slice", "label", "patient"])
+    chosen = step1.choose_slices(candidates, per_class=10, test_per_class=4, seed=0)
+    assert (chosen.groupby("patient")["split"].nunique() == 1).all()
+    assert chosen.groupby(["split", "label"]).size().to_dict() == {
+        (split, label): count for split, count in (("test", 4), ("train", 10)) for label in step1.CLASSES
+    }
+
+
+def test_real_download_sample(real_ct, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert step1.main(["--rsna", str(real_ct / "rsna_sample"), "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "left out: 6 slices with several subtypes" in text
+    assert next(line for line in text.splitlines() if line.startswith("epidural")).endswith("missing")

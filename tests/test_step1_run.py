@@ -1,0 +1,447 @@
+"""Step 1 as a program: names, manifest, tally, second runs, bad files; small slices in a temporary folder."""
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import make_ct, plain_head, save_ct
+
+import Step1_Image_Preprocessing as step1
+
+SCRIPT = Path(step1.__file__)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Return a raw_data folder with three good training slices and one for testing."""
+    folder = tmp_path / "raw"
+    for name, label, hu in (("a", "healthy", 35), ("b", "epidural", 70), ("c", "subdural", 60)):
+        window = {"WindowCenter": [40, 50], "WindowWidth": [80, 90]}
+        save_ct(
+            folder / "TrainingData" / label / f"{name}.dcm", plain_head(brain_hu=hu), PatientID=name, **window
+        )
+    save_ct(folder / "TestingData" / "t.dcm", plain_head())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch, request):
+    """Run the work in this process, which is quick; tests marked `processes` use real ones."""
+
+    def serially(tasks, settings, jobs):
+        for task in tasks:
+            yield task, step1.process(task, settings)
+
+    if "processes" not in request.keywords:
+        monkeypatch.setattr(step1, "in_processes", serially)
+
+
+def run(raw, *options):
+    """Run Step 1 and return its exit status."""
+    return step1.main(["--raw-data", str(raw), "--output", str(raw.parent / "out"), "--jobs", "1", *options])
+
+
+def manifest(raw):
+    with (raw.parent / "out" / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        return {row["source"]: row for row in csv.DictReader(file)}
+
+
+def pngs(raw):
+    """Return {path below the output folder: content} of all variant PNGs."""
+    out = raw.parent / "out"
+    return {
+        p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*.png") if p.name != "preview.png"
+    }
+
+
+def last_tally(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("found")][-1]
+
+
+# ---------------------------------------- what a run leaves
+
+
+def test_output_mirrors_the_input_under_each_variant(raw):
+    assert run(raw) == 0
+    files = ("TrainingData/healthy/a", "TrainingData/epidural/b", "TrainingData/subdural/c", "TestingData/t")
+    assert set(pngs(raw)) == {f"{variant}/{file}.png" for variant in step1.VARIANTS for file in files}
+
+
+def test_pngs_are_8_bit_grey(raw):
+    run(raw)
+    for content in pngs(raw).values():
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert image.dtype == np.uint8
+        assert image.ndim == 2
+
+
+def test_variant_0_is_the_headers_picture(raw):
+    run(raw)
+    image = cv2.imread(str(raw.parent / "out" / "0_Dicom2PNG" / "TrainingData" / "epidural" / "b.png"), -1)
+    hu = plain_head(brain_hu=70)
+    assert image[64, 64] == round(70 * 255 / 79)  # LINEAR 40/80
+    assert (image[hu == -1000] == 0).all()
+    assert (image[hu == 900] == 255).all()
+
+
+def test_manifest_row(raw):
+    run(raw)
+    row = manifest(raw)["TrainingData/epidural/b.dcm"]
+    assert tuple(row) == step1.MANIFEST_COLUMNS
+    head = plain_head() > -1000
+    skull = plain_head() == 900
+    expected = {
+        "image": "TrainingData/epidural/b.png",
+        "split": "train",
+        "label": "epidural",
+        "status": "ok",
+        "reason": "",
+        "rows": "128",
+        "columns": "128",
+        "window_center": "40.0",
+        "window_width": "80.0",
+        "window_source": "header",
+        "hu_repaired": "0",
+        "blank": "0",
+        "head_fraction": str(round(head.mean(), 4)),
+        "bone_fraction": str(round(skull.sum() / head.sum(), 4)),
+        "crop": "20 20 109 109",
+    }
+    assert {key: row[key] for key in expected} == expected
+
+
+def test_missing_window_is_noted_in_the_manifest(raw):
+    run(raw)
+    assert manifest(raw)["TestingData/t.dcm"]["window_source"] == "default"
+
+
+def test_test_labels_come_from_their_file(raw):
+    (raw / "TestingData_labels.csv").write_text("image,label\nt,subarachnoid\n", encoding="utf-8")
+    run(raw)
+    row = manifest(raw)["TestingData/t.dcm"]
+    assert (row["split"], row["label"]) == ("test", "subarachnoid")
+
+
+def test_wrong_test_labels_are_a_usage_error(raw, capsys):
+    (raw / "TestingData_labels.csv").write_text("image,label\nt,stroke\n", encoding="utf-8")
+    assert run(raw) == 2
+    assert "stroke" in capsys.readouterr().err
+
+
+def test_same_patient_same_pseudonym_and_never_the_id(raw):
+    for name in ("d", "e"):
+        save_ct(raw / "TrainingData" / "healthy" / f"{name}.dcm", plain_head(), PatientID="a")
+    run(raw)
+    patient = {Path(source).stem: row["patient"] for source, row in manifest(raw).items()}
+    assert patient["a"] == patient["d"] == patient["e"]
+    assert len({patient["a"], patient["b"], patient["c"]}) == 3
+    everything = (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8")
+    for secret in ("SECRET-ID", "Secret^Name", hashlib.sha256(b"a").hexdigest()[:16]):
+        assert secret not in everything
+
+
+def test_pseudonyms_differ_between_output_folders():
+    assert step1.pseudonym("a", b"1" * 32) != step1.pseudonym("a", b"2" * 32)
+
+
+def test_slice_without_patient_id_has_no_pseudonym(raw):
+    save_ct(raw / "TrainingData" / "healthy" / "d.dcm", plain_head(), PatientID=None)
+    run(raw)
+    assert manifest(raw)["TrainingData/healthy/d.dcm"]["patient"] == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_patient_key_is_for_its_owner_alone(raw):
+    run(raw)
+    assert (raw.parent / "out" / ".patient_key").stat().st_mode & 0o777 == 0o600
+
+
+def test_preview_has_a_row_a_class_and_a_column_a_variant(raw):
+    run(raw)
+    sheet = cv2.imread(str(raw.parent / "out" / "preview.png"), cv2.IMREAD_GRAYSCALE)
+    tiles = sheet[-3 * 200 :, -7 * 200 :].reshape(3, 200, 7, 200).max(axis=(1, 3))
+    assert (tiles > 100).all()  # healthy, subdural, epidural, each in seven pictures
+
+
+@pytest.mark.processes
+def test_two_processes_write_the_same_bytes_as_one(raw, tmp_path):
+    run(raw)
+    other = tmp_path / "two" / "out"
+    assert step1.main(["--raw-data", str(raw), "--output", str(other), "--jobs", "2"]) == 0
+    for name, content in pngs(raw).items():
+        assert (other / name).read_bytes() == content
+
+
+# ---------------------------------------- names
+
+
+def names_of(sources):
+    """Return the PNG names of these sources, found in this order."""
+    taken, names = set(), []
+    for source in sources:
+        name, folded = step1.free_name(source, source, taken.__contains__)
+        taken.add(folded)
+        names.append(name)
+    return names
+
+
+def test_only_a_final_dcm_is_cut():
+    names = names_of(["T/1.2.840.1", "T/1.2.840.2", "T/x.dcm.dcm", "T/y.DCM", "T/z.dcm.bak"])
+    assert names == ["T/1.2.840.1.png", "T/1.2.840.2.png", "T/x.dcm.png", "T/y.png", "T/z.dcm.bak.png"]
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["T/x", "T/x.dcm"],
+        ["T/X.dcm", "T/x.dcm"],
+        ["T/x", "T/x.DCM", "T/x.dcm", "T/X"],
+        ["T/e\u0301.dcm", "T/\u00e9.dcm"],
+        ["T/STRASSE.dcm", "T/stra\u00dfe.dcm"],
+        ["T/" + "x" * 250, "T/" + "x" * 250 + ".dcm"],
+    ],
+    ids=["ending", "case", "four", "unicode forms", "sharp s", "long"],
+)
+def test_two_inputs_never_share_an_output(sources):
+    names = names_of(sources)
+    assert len({name.casefold() for name in names}) == len(sources)
+    assert max(len(Path(name).name) for name in names) < 255
+
+
+def test_colliding_files_all_get_their_own_pngs(raw):
+    folder = raw / "TrainingData" / "healthy"
+    save_ct(folder / "a", plain_head(brain_hu=50))
+    assert run(raw) == 0
+    rows = [row for source, row in manifest(raw).items() if Path(source).stem == "a"]
+    images = [cv2.imread(str(raw.parent / "out" / "0_Dicom2PNG" / row["image"]), -1)[64, 64] for row in rows]
+    assert sorted(images) == [round(35 * 255 / 79), round(50 * 255 / 79)]
+
+
+@pytest.mark.parametrize("name", ["Schädel 07", "-x", "a.b.c", "頭部"])
+def test_unusual_names_are_kept(raw, name):
+    save_ct(raw / "TrainingData" / "healthy" / f"{name}.dcm", plain_head())
+    assert run(raw) == 0
+    assert f"1_ROI/TrainingData/healthy/{name}.png" in pngs(raw)
+
+
+def test_stray_files_are_passed_over(raw, capsys):
+    for name in ("Thumbs.db", ".DS_Store", "notes.csv", "README.md"):
+        (raw / "TrainingData" / "healthy" / name).write_bytes(b"x")
+    assert run(raw) == 0
+    assert last_tally(capsys) == "found 4 = written 4 + up to date 0 + failed 0"
+
+
+# ---------------------------------------- second runs
+
+
+def test_second_run_has_nothing_to_do(raw, capsys):
+    run(raw)
+    times = {p: p.stat().st_mtime_ns for p in (raw.parent / "out").rglob("*.png")}
+    assert run(raw) == 0
+    assert last_tally(capsys) == "found 4 = written 0 + up to date 4 + failed 0"
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+
+
+def test_second_run_leaves_the_manifest_as_it_was(raw):
+    run(raw)
+    before = (raw.parent / "out" / "manifest.csv").read_bytes()
+    run(raw)
+    assert (raw.parent / "out" / "manifest.csv").read_bytes() == before
+
+
+def test_changed_input_is_converted_again(raw, capsys):
+    run(raw)
+    before = pngs(raw)
+    save_ct(raw / "TrainingData" / "healthy" / "a.dcm", plain_head(brain_hu=20), PatientID="a")
+    assert run(raw) == 0
+    assert last_tally(capsys) == "found 4 = written 1 + up to date 3 + failed 0"
+    changed = {name for name, content in pngs(raw).items() if before[name] != content}
+    assert changed == {f"{v}/TrainingData/healthy/a.png" for v in step1.VARIANTS}
+
+
+def test_missing_png_is_made_again(raw, capsys):
+    run(raw)
+    before = pngs(raw)
+    (raw.parent / "out" / "1_ROI" / "TestingData" / "t.png").unlink()
+    assert run(raw) == 0
+    assert last_tally(capsys) == "found 4 = written 1 + up to date 3 + failed 0"
+    assert pngs(raw) == before
+
+
+def test_other_settings_convert_all_again_also_variants_not_asked_for(raw, capsys):
+    run(raw)
+    before = pngs(raw)
+    assert run(raw, "--variants", "1", "--roi-window", "50,130") == 0
+    assert last_tally(capsys) == "found 4 = written 4 + up to date 0 + failed 0"
+    after = pngs(raw)
+    changed = {name.split("/")[0] for name in after if after[name] != before[name]}
+    assert changed == set(step1.VARIANTS) - {"0_Dicom2PNG"}
+
+
+def test_force_makes_everything_again(raw, capsys):
+    run(raw)
+    assert run(raw, "--force") == 0
+    assert last_tally(capsys) == "found 4 = written 4 + up to date 0 + failed 0"
+
+
+def test_removed_input_leaves_the_manifest(raw):
+    run(raw)
+    (raw / "TestingData" / "t.dcm").unlink()
+    run(raw)
+    assert "TestingData/t.dcm" not in manifest(raw)
+
+
+# ---------------------------------------- options
+
+
+@pytest.mark.parametrize("choice", [["0", "2"], ["0_Dicom2PNG", "2_ROI+CLAHE"]], ids=["numbers", "names"])
+def test_variants_option(raw, choice):
+    assert run(raw, "--variants", *choice) == 0
+    assert {name.split("/")[0] for name in pngs(raw)} == {"0_Dicom2PNG", "2_ROI+CLAHE"}
+
+
+def test_roi_window_header_keeps_the_headers_window(raw):
+    run(raw, "--roi-window", "header")
+    images = pngs(raw)
+    assert images["1_ROI/TrainingData/healthy/a.png"] == images["0_Dicom2PNG/TrainingData/healthy/a.png"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--variants", "7"],
+        ["--roi-window", "wide"],
+        ["--roi-window", "40,0"],
+        ["--jobs", "0"],
+        ["--nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_with_2(raw, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(raw, *options)
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_missing_raw_data_is_a_usage_error_that_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "nowhere")
+    assert stop.value.code == 2
+    assert "--raw-data" in capsys.readouterr().err
+
+
+def test_help_states_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        step1.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("default:") >= 6
+
+
+# ---------------------------------------- bad files
+
+
+def write_bad_files(folder):
+    """Write one file for each way to be unsuitable; return {name: a word of its reason}."""
+    good = plain_head(32)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "empty").write_bytes(b"")
+    (folder / "text").write_bytes(b"this is no DICOM file at all, only words\n" * 9)
+    whole = save_ct(folder / "whole", good).read_bytes()
+    (folder / "whole").unlink()
+    (folder / "half").write_bytes(whole[: len(whole) // 2])
+    elements = {
+        "mr": ({"Modality": "MR"}, "Modality"),
+        "scout": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "LOCALIZER"),
+        "frames": ({"NumberOfFrames": 2}, "NumberOfFrames"),
+        "colour": ({"PhotometricInterpretation": "RGB"}, "PhotometricInterpretation"),
+        "nopixels": ({"PixelData": None}, "PixelData"),
+        "noslope": ({"RescaleSlope": None}, "RescaleSlope"),
+        "slope0": ({"RescaleSlope": 0}, "RescaleSlope"),
+        "nointercept": ({"RescaleIntercept": None}, "RescaleIntercept"),
+        "nosign": ({"PixelRepresentation": None}, "PixelRepresentation"),
+        "highbit": ({"HighBit": 11}, "HighBit"),
+        "huge": ({"Rows": 60_000, "Columns": 60_000}, "pixels"),
+        "norows": ({"Rows": None}, "Rows"),
+    }
+    for name, (changes, _) in elements.items():
+        save_ct(folder / name, good, **changes)
+    reasons = {name: word for name, (_, word) in elements.items()}
+    return reasons | {"empty": "DICOM", "text": "DICOM", "half": "PixelData"}
+
+
+def test_each_bad_file_costs_itself_and_has_a_reason(raw, capsys):
+    words = write_bad_files(raw / "TrainingData" / "healthy")
+    assert run(raw) == 1
+    output = capsys.readouterr()
+    rows = {Path(source).name: row for source, row in manifest(raw).items()}
+    for name, word in words.items():
+        assert (rows[name]["status"], word in rows[name]["reason"]) == ("failed", True), rows[name]
+        assert "\n" not in rows[name]["reason"]
+        assert name in output.err
+    tally = f"found {4 + len(words)} = written 4 + up to date 0 + failed {len(words)}"
+    assert tally in output.out
+    assert len(pngs(raw)) == 4 * 7
+
+
+def test_file_outside_the_class_folders_is_refused_with_the_remedy(raw):
+    save_ct(raw / "TrainingData" / "epidurals" / "x.dcm", plain_head())
+    assert run(raw) == 1
+    assert "TrainingData/<healthy|" in manifest(raw)["TrainingData/epidurals/x.dcm"]["reason"]
+
+
+def test_file_that_went_bad_loses_its_old_pngs(raw):
+    run(raw)
+    (raw / "TrainingData" / "healthy" / "a.dcm").write_bytes(b"damaged")
+    assert run(raw) == 1
+    assert not [name for name in pngs(raw) if "healthy" in name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_dangling_link_is_refused(raw):
+    (raw / "TrainingData" / "healthy" / "link.dcm").symlink_to("nowhere")
+    assert run(raw) == 1
+    assert manifest(raw)["TrainingData/healthy/link.dcm"]["status"] == "failed"
+
+
+def test_missing_decoder_names_the_package(monkeypatch):
+    ct = make_ct(plain_head(32))
+    ct.compress("1.2.840.10008.1.2.5", encoding_plugin="pydicom")
+    monkeypatch.setattr(step1, "get_decoder", lambda syntax: type("Decoder", (), {"available_plugins": ()}))
+    with pytest.raises(step1.UnsuitableFile, match="pip install pylibjpeg-rle"):
+        step1.decode(ct)
+
+
+def test_file_without_preamble_is_read(raw):
+    ct = make_ct(plain_head(), WindowCenter=40, WindowWidth=80)
+    del ct.file_meta
+    ct.save_as(raw / "TrainingData" / "healthy" / "bare", implicit_vr=True, little_endian=True)
+    assert run(raw) == 0
+
+
+def test_rsna_style_ids_do_not_warn(raw, capfd):
+    path = raw / "TrainingData" / "healthy" / "a.dcm"
+    path.write_bytes(path.read_bytes().replace(b"1.2.826.0.1.3680043.8.498.", b"ID_000000e27_xxxxxxxxxxxxx"))
+    assert run(raw) == 0
+    assert "warn" not in capfd.readouterr().err.lower()
+
+
+def test_unwritable_output_is_one_clear_line(raw, capsys):
+    (raw.parent / "out").write_bytes(b"a file is in the way")
+    assert run(raw) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: stopped")
+    assert "Traceback" not in error
+
+
+def test_script_runs_from_another_folder(raw, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--raw-data", str(raw), "--output", str(tmp_path / "o")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "found 4 = written 4 + up to date 0 + failed 0" in done.stdout
