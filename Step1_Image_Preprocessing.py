@@ -436,6 +436,10 @@ def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = 
     voi.PhotometricInterpretation, voi.PixelRepresentation, voi.BitsStored = "MONOCHROME2", 0, 8  # 0..255 out
     voi.WindowCenter, voi.WindowWidth = (DSfloat(value, auto_format=True) for value in window)
     voi.VOILUTFunction = function
+    lowest, highest = float(hu.min()), float(hu.max())
+    if highest - lowest < hu.size and (hu == np.rint(hu)).all():  # few values, each needs its grey only once
+        table = np.rint(apply_windowing(np.arange(lowest, highest + 1), voi)).astype(np.uint8)
+        return table.take((hu - lowest).astype(np.int32))
     return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
 
 
@@ -472,33 +476,39 @@ def distance_to(mask: np.ndarray) -> np.ndarray:
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
 
 
-def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 4-connected pieces of a bool mask: labels (0 = none) and areas (0 for label 0)."""
-    _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+def enlarge(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return a bool mask of every second row and column at its full size (rows, columns) again."""
+    return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the 4-connected pieces of a bool mask as labels (0 = none), and how many labels there are."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    return labels, count
+
+
+def areas_of(labels: np.ndarray) -> np.ndarray:
+    """Return each piece's area in pixels, 0 for label 0."""
     areas = np.bincount(labels.ravel())
     areas[0] = 0
-    return labels, areas
+    return areas
 
 
-def largest_of(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Return the largest of the values that carry each label, -inf for a label without any."""
-    largest = np.full(count, -np.inf)
-    np.maximum.at(largest, labels, values)
-    return largest
+def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
+    """Return for each label whether it occurs where a bool mask is True; False for label 0."""
+    found = np.zeros(count, bool)
+    found[labels[where & (labels > 0)]] = True
+    return found
 
 
 def holder_walls(hu: np.ndarray, outside: np.ndarray) -> np.ndarray:
     """Return the hard pieces that are long, nowhere as dense as bone and partly outside: a holder's walls."""
-    hard = hu > HARD_HU
-    labels, areas = components(hard)
-    pixels = np.flatnonzero(hard & np.isin(labels, labels[hard & outside]))
-    label, (row, column) = labels.flat[pixels], np.unravel_index(pixels, hu.shape)
-    length = np.maximum(
-        largest_of(row, label, len(areas)) + largest_of(-row, label, len(areas)),
-        largest_of(column, label, len(areas)) + largest_of(-column, label, len(areas)),
-    )
-    densest = largest_of(hu.flat[pixels], label, len(areas))
-    return ((length >= WALL_LENGTH * min(hu.shape)) & (densest < WALL_MAX_HU))[labels]
+    labels, count = pieces(hu > HARD_HU)
+    walls = found_in(labels, count, outside) & ~found_in(labels, count, hu >= WALL_MAX_HU)
+    for label in np.flatnonzero(walls):
+        _, _, width, height = cv2.boundingRect((labels == label).astype(np.uint8))
+        walls[label] = max(width, height) > WALL_LENGTH * min(hu.shape)
+    return walls.take(labels)
 
 
 def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -521,26 +531,25 @@ def head_mask(hu: np.ndarray) -> np.ndarray:
     they are soft and short (ears, nose), cut where they are hard or long (head holder, cushion). All False
     for a slice without a head.
     """
-    width = min(hu.shape)
     tissue = hu > TISSUE_HU
-    thick = cv2.distanceTransform(np.pad(tissue, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    labels, areas = components(thick > CORE_RADIUS * width)
-    if not areas.any():
+    half, width = tissue[::2, ::2], min(hu.shape) / 2  # distances need no more; the mask's edge is tissue's
+    thick = cv2.distanceTransform(np.pad(half, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    labels, count = pieces(thick > CORE_RADIUS * width)
+    if count == 1:
         return np.zeros(hu.shape, bool)
-    from_center = distance_to(labels == areas.argmax())
-    core = tissue & (from_center <= CORE_RADIUS * width)  # morphological opening
+    from_center = distance_to(labels == areas_of(labels).argmax())
+    core = half & (from_center <= CORE_RADIUS * width)  # morphological opening
 
     from_core = distance_to(core)
     enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
-    walls = holder_walls(hu, ~core & ~enclosed)
+    walls = holder_walls(hu, enlarge(~core & ~enclosed, hu.shape))
+    core = enlarge(from_center <= CORE_RADIUS * width, hu.shape)
     tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
-    core = tissue & (from_center <= (CORE_RADIUS + CORE_MARGIN) * width)
-    labels, areas = components(tissue & ~core)
-    touching = np.zeros(len(areas), bool)
-    touching[labels[grow(core, 1)]] = True
-    rest = np.flatnonzero(labels > 0)
-    reach = largest_of(from_core.flat[rest], labels.flat[rest], len(areas))
-    return fill_holes(core | (touching & (reach < EAR_REACH * width) & (areas > 0))[labels])
+    core = tissue & enlarge(from_center <= (CORE_RADIUS + CORE_MARGIN) * width, hu.shape)
+    labels, count = pieces(tissue & ~core)
+    far = enlarge(from_core >= EAR_REACH * width, hu.shape)
+    near = found_in(labels, count, grow(core, 1)) & ~found_in(labels, count, far)
+    return fill_holes(core | near.take(labels))
 
 
 def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -548,10 +557,9 @@ def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
 
     Judged in HU, never by grey level: blood (up to about 100 HU) is white in a narrow window, yet no bone.
     """
-    labels, areas = components(head & (hu > BONE_EDGE_HU))
-    seeded = np.zeros(len(areas), bool)
-    seeded[labels[hu > BONE_SEED_HU]] = True
-    bone = (seeded & (areas > BONE_MIN_FRACTION * head.sum()))[labels]
+    labels, count = pieces(head & (hu > BONE_EDGE_HU))
+    large = areas_of(labels) > BONE_MIN_FRACTION * head.sum()
+    bone = (large & found_in(labels, count, hu > BONE_SEED_HU)).take(labels)
     return bone | (head & (hu > BONE_RIM_HU) & grow(bone, BONE_RIM_PIXELS))
 
 
