@@ -980,6 +980,7 @@ def read_rsna_labels(path: Path, files: set[str]):
     rows = pd.read_csv(path)
     if not {"ID", "Label"} <= set(rows.columns):
         raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
+    rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
     repeated = int(rows.duplicated(["ID", "Label"]).sum())
     rows = rows.drop_duplicates(["ID", "Label"])
     rows[["slice", "subtype"]] = rows["ID"].str.rsplit("_", n=1, expand=True)

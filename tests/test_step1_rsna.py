@@ -137,6 +137,13 @@ def test_incomplete_slices_are_left_out_and_counted(download, capsys):
     assert "left out: 1 slices without a row for each subtype" in capsys.readouterr().out
 
 
+def test_labels_that_are_no_numbers_count_as_absent(download, capsys):
+    rows = [(i, "yes" if i == "ID_epidural0_epidural" else value) for i, value in read_csv(download)]
+    write_csv(download, rows)
+    assert not run(download, "--per-class", "9", "--test", "0")["image"].str.contains("ID_epidural0").any()
+    assert "left out: 1 slices without a row for each subtype" in capsys.readouterr().out
+
+
 def test_rows_without_a_file_and_files_without_a_row_are_counted(download, capsys):
     (download / "stage_2_train_images" / "ID_healthy0.dcm").unlink()
     save_ct(download / "stage_2_train_images" / "ID_new.dcm", plain_head(48))
