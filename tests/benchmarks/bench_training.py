@@ -76,7 +76,7 @@ def notebook_step(args: argparse.Namespace, notebook: dict, device: torch.device
 
 
 def ways_to_train(args: argparse.Namespace, notebook: dict, device: torch.device) -> dict[str, Callable]:
-    """Return {name: function that makes a step}: made late, so that the device holds one network at a time."""
+    """Return {name: function that makes a step}, made late: one network at a time is on the device."""
     pictures = torch.randn(args.batch, 3, args.size, args.size, device=device)
     labels = torch.arange(args.batch, device=device) % 6
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
