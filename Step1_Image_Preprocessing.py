@@ -34,10 +34,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from logging import NullHandler, getLogger
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import cv2
@@ -105,6 +108,7 @@ MAX_PIXELS = 16_000_000  # no CT slice has more; a header that claims more would
 MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels and a generous header
 MEMORY_LIMIT = 2 << 30  # bytes that one file may take
 TIME_LIMIT_S = 60  # that one file may take; a decoder that takes longer hangs
+POOL_STARTS = 5  # of the processes together, should something outside kill them
 STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
 STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
 
@@ -186,7 +190,7 @@ def refusing(what: str, remedy: str):
 def one_line(err: Exception) -> str:
     """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
     text = " ".join(str(err).split()) or type(err).__name__
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d[\d.]{9,}", "...", text)[:160]
+    return re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text)[:160]
 
 
 def to_float(value: object) -> float:
@@ -225,7 +229,7 @@ def check_is_ct_slice(ds: Dataset) -> None:
         if wrong:
             raise UnsuitableFile(reason)
 
-    size = first_number(ds, "Rows") * first_number(ds, "Columns")
+    sides = first_number(ds, "Rows"), first_number(ds, "Columns")
     high, stored, allocated = (first_number(ds, k) for k in ("HighBit", "BitsStored", "BitsAllocated"))
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
     no_hu = "HU unknown, export the original series"
@@ -249,9 +253,10 @@ def check_is_ct_slice(ds: Dataset) -> None:
         or first_number(ds, "SamplesPerPixel") > 1,
         "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file",
     )
-    refuse(not size >= 1, "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again")
+    refuse(not min(sides) >= 1, "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again")
     refuse(
-        size > MAX_PIXELS, f"Rows x Columns (0028,0010/0011) claim {size:.0f} pixels: no CT slice, remove it"
+        max(sides) ** 2 > MAX_PIXELS,  # noblank makes the slice square
+        f"Rows x Columns (0028,0010/0011) claim {sides[0]:.0f} x {sides[1]:.0f} pixels: no CT slice",
     )
     refuse(
         first_number(ds, "PixelRepresentation") not in (0, 1),
@@ -276,8 +281,11 @@ def check_inflated_size(path: Path) -> None:
         meta = read_file_meta_info(path)
         file.seek(128 + 4 + 12 + meta.FileMetaInformationGroupLength)  # preamble, DICM, the length's element
         inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while data := inflater.unconsumed_tail or file.read(2**16):
+        while not inflater.eof:
+            data = inflater.unconsumed_tail or file.read(2**16)
             total += len(inflater.decompress(data, 2**20))
+            if not data:
+                raise UnsuitableFile("truncated, the deflated data have no end: export it again")
             if total > MAX_DATASET:
                 raise UnsuitableFile(
                     f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, remove the file"
@@ -392,8 +400,11 @@ def repair_12bit_wrap(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool
 
 def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
     """Return where the scanner wrote padding, bool (rows, columns) (DICOM PS3.3 C.7.5.1.1.2)."""
-    values = numbers(ds, "PixelPaddingValue")
-    limit = numbers(ds, "PixelPaddingRangeLimit")
+    lowest, count = np.iinfo(stored.dtype).min, 2.0 ** (8 * stored.dtype.itemsize)
+    values, limit = (  # real files have them with the wrong sign, but the right bits
+        [(value - lowest) % count + lowest for value in numbers(ds, keyword)]
+        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    )
     if values and limit:
         low, high = sorted((values[0], limit[0]))
         return (stored >= low) & (stored <= high)
@@ -450,7 +461,9 @@ def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
         with refusing(
             "VOILUTSequence (0028,3010) can't be applied", "export it again, or remove the sequence"
         ):
-            depth = ds.VOILUTSequence[0].LUTDescriptor[2]
+            _, first, depth = ds.VOILUTSequence[0].LUTDescriptor
+            if first > 32767:  # no HU is that high: a negative one, written without its sign
+                ds.VOILUTSequence[0].LUTDescriptor[1] = first - 65536
             shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
         grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
         fields = {"window_source": "header"}
@@ -727,7 +740,8 @@ def guarded():
     if resource and Path("/proc/self/statm").exists():
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * resource.getpagesize()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_LIMIT, hard))
+        limit = used + MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(used + MEMORY_LIMIT, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     with Path(os.devnull).open("w", encoding="ascii") as devnull:
         faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True, file=devnull)
         try:
@@ -747,6 +761,11 @@ def process(task: Task, settings: Settings) -> dict:
             row = convert(task, settings)
         except UnsuitableFile as err:
             row = {"status": "failed", "reason": str(err)}
+        except (MemoryError, cv2.error) as err:
+            if isinstance(err, cv2.error) and err.code != cv2.Error.StsNoMem:
+                raise
+            reason = f"takes over {MEMORY_LIMIT >> 30} GB of memory: export it again"
+            row = {"status": "failed", "reason": reason}
     return row | {"warnings": "; ".join(sorted({one_line(w.message) for w in caught}))}
 
 
@@ -797,9 +816,15 @@ def refusal_of_path(path: Path, root: Path) -> str:
     return ""
 
 
+def without_dcm(name: str) -> str:
+    """Return a name without a final .dcm; whatever other dots it has stay."""
+    return name[:-4] if name.lower().endswith(".dcm") else name
+
+
 def find_inputs(raw_data: Path) -> Iterator[Input]:
     """Yield every file below TrainingData/<class>/ and TestingData/ but stray ones."""
     root, test_labels = raw_data.resolve(), read_test_labels(raw_data / "TestingData_labels.csv")
+    unused = set(test_labels)
     for split in ("TrainingData", "TestingData"):
         for path in walk(raw_data / split) if (raw_data / split).exists() else ():
             source = path.relative_to(raw_data).as_posix()
@@ -807,20 +832,28 @@ def find_inputs(raw_data: Path) -> Iterator[Input]:
             folder, _, name = source.partition("/")[2].rpartition("/")
             label = folder.split("/")[0].lower() if split == "TrainingData" else ""
             if split == "TestingData":
-                label = test_labels.get(f"{folder}/{name}".lstrip("/").removesuffix(".dcm"), "")
+                key = without_dcm(f"{folder}/{name}".lstrip("/"))
+                unused.discard(key)
+                label = test_labels.get(key, "")
             elif label not in CLASSES:
                 refusal = refusal or f"in no class folder: move it to TrainingData/<{'|'.join(CLASSES)}>"
                 label = ""
             yield Input(source, path, source, "train" if split == "TrainingData" else "test", label, refusal)
+    if unused:
+        print(f"note: {len(unused)} rows of TestingData_labels.csv name no file, such as {min(unused)!r}")
 
 
 def read_test_labels(path: Path) -> dict[str, str]:
     """Return {image: class} from TestingData_labels.csv, {} where there is none."""
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels = {(row.get("image") or "").removesuffix(".dcm"): (row.get("label") or "").lower() for row in rows}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeError, csv.Error) as err:
+        raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
+    pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
+    labels = {without_dcm(image): label.lower() for image, label in pairs}
     wrong = sorted(set(labels.values()) - set(CLASSES))
     if wrong or "" in labels:
         raise UsageError(
@@ -835,23 +868,25 @@ def read_test_labels(path: Path) -> dict[str, str]:
 def open_ledger(output: Path) -> sqlite3.Connection:
     """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
     (output / ".tmp").mkdir(parents=True, exist_ok=True)
-    ledger = sqlite3.connect(output / ".ledger.sqlite3", timeout=1, isolation_level=None)
+    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "listed", "due", "todo")
+    ledger = sqlite3.connect(path, timeout=1, isolation_level=None)
     ledger.row_factory = sqlite3.Row
-    columns = (*MANIFEST_COLUMNS, "path", "folded", "listed", "due", "todo")
     try:
         ledger.execute("PRAGMA locking_mode = EXCLUSIVE")
         ledger.execute("BEGIN EXCLUSIVE")
-        if (
-            tuple(r["name"] for r in ledger.execute("PRAGMA table_info(files)")) != columns
-        ):  # of another version
+        found = tuple(row["name"] for row in ledger.execute("PRAGMA table_info(files)"))
+        if found != columns:  # none, or of another version
             ledger.execute("DROP TABLE IF EXISTS files")
-            ledger.execute(
-                f"CREATE TABLE files ({', '.join(columns)}, PRIMARY KEY (source), UNIQUE (folded))"
-            )
-    except sqlite3.OperationalError as err:
-        raise UsageError(
-            f"another run is writing to {output} ({err}): wait for it, or name another --output"
-        ) from err
+            keys = "PRIMARY KEY (source), UNIQUE (folded)"
+            ledger.execute(f"CREATE TABLE files ({', '.join(columns)}, {keys})")
+    except sqlite3.DatabaseError as err:
+        if err.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            text = f"another run is writing to {output}: wait for it, or name another --output"
+        elif err.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            text = f"{path} is damaged: delete it, and every picture is made again"
+        else:
+            raise
+        raise UsageError(text) from err
     return ledger
 
 
@@ -861,7 +896,9 @@ def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tupl
     Only a final .dcm is cut: names are often UIDs, full of dots. Of several files that would share a name
     (x and x.dcm; X.dcm and x.dcm on Windows and macOS), all but the first carry a hash of their own.
     """
-    stem = target[:-4] if target.lower().endswith(".dcm") else target
+    *folders, name = without_dcm(target).split("/")
+    folders = [f"{part}~" if part.lower().endswith(".png") else part for part in folders]  # no PNG's own name
+    stem = "/".join([*folders, name])
     folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
     if is_taken(folded) or len(Path(stem).name.encode()) > 240:
         folder, _, name = stem.rpartition("/")
@@ -870,8 +907,12 @@ def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tupl
     return f"{stem}.png", folded
 
 
-def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input]) -> None:
-    """Bring the ledger's list of files up to date; what an earlier run found out about a file stays."""
+def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Path) -> int:
+    """Bring the ledger's list of files up to date; what an earlier run found out about a file stays.
+
+    Pictures of inputs that are gone, or were moved to another class, are removed; returns their number.
+    """
+    ledger.execute("CREATE TEMP TABLE earlier AS SELECT image, folded FROM files")
     ledger.execute("UPDATE files SET listed = 0, folded = NULL, todo = ''")
 
     def is_taken(folded: str) -> bool:
@@ -896,6 +937,16 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input]) -> None:
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
     ledger.execute("DELETE FROM files WHERE NOT listed")
+    stale = ledger.execute("SELECT image FROM earlier WHERE folded NOT IN (SELECT folded FROM files)")
+    return sum(remove_pictures(output, row["image"]) for row in stale)
+
+
+def remove_pictures(output: Path, image: str) -> bool:
+    """Remove what there is of a picture in the variant folders, and tell whether there was any."""
+    there = [output / variant / image for variant in VARIANTS if (output / variant / image).exists()]
+    for path in there:
+        path.unlink(missing_ok=True)
+    return bool(there)
 
 
 def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[sqlite3.Row]:
@@ -962,7 +1013,8 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
     for top in (rsna, rsna / "rsna-intracranial-hemorrhage-detection"):
         for folder in (top / "stage_2_train_images", top / "stage_2_train"):
             if (top / "stage_2_train.csv").is_file() and folder.is_dir():
-                paths = (Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
+                entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
+                paths = (Path(entry.path) for entry in entries if entry.is_file())
                 return top / "stage_2_train.csv", {path.stem: path for path in paths}
     raise UsageError(
         f"{rsna} has no stage_2_train.csv beside stage_2_train_images/: unpack the download there"
@@ -977,13 +1029,19 @@ def read_rsna_labels(path: Path, files: set[str]):
     """
     import pandas as pd  # here, as the worker processes need not wait for it
 
-    rows = pd.read_csv(path)
+    try:
+        rows = pd.read_csv(path, dtype=str)
+    except (UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
+        raise UsageError(f"{path} can't be read ({one_line(err)}): unpack the download again") from err
     if not {"ID", "Label"} <= set(rows.columns):
         raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
     rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
+    no_number = int(rows["Label"].isna().sum())
     repeated = int(rows.duplicated(["ID", "Label"]).sum())
     rows = rows.drop_duplicates(["ID", "Label"])
-    rows[["slice", "subtype"]] = rows["ID"].str.rsplit("_", n=1, expand=True)
+    rows[["slice", "subtype"]] = rows["ID"].str.extract(r"(.+)_(\w+)$")
+    if absent := set(CLASSES[1:]) - set(rows["subtype"]):
+        raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
     contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
     rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(CLASSES)]
     table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=list(CLASSES[1:]))
@@ -993,6 +1051,7 @@ def read_rsna_labels(path: Path, files: set[str]):
     labels = single.gt(0).idxmax(axis=1).where(single.gt(0).any(axis=1), "healthy")
     left_out = {
         "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
+        "rows whose Label is no number": no_number,
         "rows that repeat another": repeated,
         "slices with contradicting rows": len(contradicting),
         "slices without a row for each subtype": len(table) - len(complete),
@@ -1062,6 +1121,8 @@ def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[I
         len(labels) - len(chosen) - left_out["slices without a readable PatientID"]
     )
     print_rsna_table(labels, chosen, left_out, per_class, test_per_class)
+    if chosen.empty:
+        raise UsageError(f"no slice of {rsna} can be used, the table above says why")
     return [
         Input(
             source=paths[row.slice].relative_to(rsna).as_posix(),
@@ -1108,16 +1169,20 @@ def ignore_interrupts() -> None:
 def finished(waiting: dict[Future, Task], crashes: tuple[type[Exception], ...]) -> Iterator[Outcome]:
     """Wait for at least one future; remove and yield all that are done. A crash costs its own file."""
     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-        task = waiting.pop(future)
         try:
-            yield task, future.result()
+            fields = future.result()
         except crashes:
-            yield task, {"status": "failed", "reason": CRASHED}
+            fields = {"status": "failed", "reason": CRASHED}
+        yield waiting.pop(future), fields
 
 
-def bounded(submit: Callable, tasks: Iterable[Task], ahead: int, crashes: tuple) -> Iterator[Outcome]:
-    """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields."""
-    waiting: dict[Future, Task] = {}
+def bounded(
+    submit: Callable, tasks: Iterable[Task], ahead: int, crashes: tuple, waiting: dict[Future, Task]
+) -> Iterator[Outcome]:
+    """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields.
+
+    waiting: empty; holds what was submitted and has no result yet, should an exception end this.
+    """
     for task in tasks:
         waiting[submit(task)] = task
         if len(waiting) >= ahead:
@@ -1126,16 +1191,51 @@ def bounded(submit: Callable, tasks: Iterable[Task], ahead: int, crashes: tuple)
         yield from finished(waiting, crashes)
 
 
-def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterator[Outcome]:
-    """Run tasks in processes of this machine; one that dies is replaced."""
-    pool = ProcessPool(jobs, initializer=ignore_interrupts, context=multiprocessing.get_context("spawn"))
+@contextmanager
+def interrupts_blocked():
+    """Start threads and processes inside that never see Ctrl-C, not even while they import (on Unix)."""
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # else the first process would start it, and it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield from bounded(
-            lambda task: pool.schedule(process, args=(task, settings)), tasks, 4 * jobs, (ProcessExpired,)
-        )
+        yield
     finally:
-        pool.stop()
-        pool.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterator[Outcome]:
+    """Run tasks in processes of this machine; one that dies is replaced.
+
+    The pool itself breaks when processes are killed between two tasks, as the system does when memory ends;
+    then a new one goes on.
+    """
+    tasks, waiting = iter(tasks), {}
+    for start in range(POOL_STARTS):
+        again, waiting = tuple(waiting.values()), {}
+        pool = ProcessPool(jobs, initializer=ignore_interrupts, context=multiprocessing.get_context("spawn"))
+
+        def submit(task: Task, pool: ProcessPool = pool) -> Future:
+            try:
+                return pool.schedule(process, args=(task, settings))
+            except RuntimeError as err:  # it broke since the last result
+                future = Future()
+                future.set_exception(BrokenProcessPool(str(err)))
+                return future
+
+        try:
+            with interrupts_blocked():
+                pool.schedule(os.getpid)  # starts its threads, and they the processes
+            yield from bounded(submit, chain(again, tasks), 4 * jobs, (ProcessExpired,), waiting)
+            return
+        except BrokenProcessPool as err:
+            if start == POOL_STARTS - 1:
+                text = f"processes were killed {POOL_STARTS} times, out of memory? try --jobs 1"
+                raise OSError(text) from err
+        finally:
+            pool.stop()
+            pool.join()
 
 
 def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator[Outcome]:
@@ -1166,6 +1266,7 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
                 tasks,
                 4 * len(threads),
                 (KilledWorker,),
+                {},
             )
 
 
@@ -1179,9 +1280,15 @@ def read_patient_key(output: Path) -> bytes:
         temporary = output / ".tmp" / "patient_key"
         temporary.unlink(missing_ok=True)
         temporary.touch(0o600)
-        temporary.write_text(secrets.token_hex(32), encoding="ascii")
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-    return bytes.fromhex(path.read_text(encoding="ascii"))
+    text = path.read_text(encoding="ascii", errors="replace")
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise UsageError(f"{path} is damaged: restore it, or delete it, and all pseudonyms change")
+    return bytes.fromhex(text)
 
 
 def run_identity(settings: Settings) -> str:
@@ -1209,8 +1316,8 @@ def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.N
         if fields["status"] == "failed":
             if not args.input.is_dir():
                 raise FileNotFoundError(f"the input folder {args.input} is gone")
-            for variant in VARIANTS if task.path.exists() else ():  # what a better version of the file left
-                (settings.output / variant / task.image).unlink(missing_ok=True)
+            if task.path.exists():
+                remove_pictures(settings.output, task.image)  # what a better version of the file left
         record(ledger, task.source, fields)
         if time.monotonic() - committed > COMMIT_EVERY_S:
             commit(ledger)
@@ -1241,7 +1348,8 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
             data = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
             picture = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
             scale = (tile - 4) / max(picture.shape)
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            size = [max(round(side * scale), 1) for side in picture.shape[::-1]]
+            picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
             x = left + j * tile
             sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     if variants:
@@ -1282,11 +1390,15 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(ledger.close)
         settings = Settings(args.output.resolve(), args.roi_window, read_patient_key(args.output))
         rsna = args.rsna and find_rsna_inputs(args.rsna, args.per_class, args.test, args.seed)
-        list_inputs(ledger, rsna or find_inputs(args.raw_data))
+        if removed := list_inputs(ledger, rsna or find_inputs(args.raw_data), args.output):
+            print(f"removed the pictures of {removed} inputs that are gone or were moved")
         plan(ledger, args, run_identity(settings))
         commit(ledger)
         todo = "status = 'ok' AND fingerprint = due AND todo = ''"
         before = ledger.execute(f"SELECT count(*) FROM files WHERE {todo}").fetchone()[0]
+        preview = args.output / "preview.png"
+        if removed or ledger.execute("SELECT 1 FROM files WHERE todo != ''").fetchone():
+            preview.unlink(missing_ok=True)  # so that a stopped run leaves none that is out of date
         try:
             convert_all(ledger, settings, args)
         finally:
@@ -1300,7 +1412,7 @@ def run(args: argparse.Namespace) -> int:
                 "".join(["image,label\n", *lines]).encode(),
                 args.output,
             )
-        if written or not (args.output / "preview.png").exists():
+        if not preview.exists():
             draw_preview(ledger, args.output)
         failed = print_report(ledger, written)
         ledger.execute("COMMIT")
@@ -1335,7 +1447,7 @@ def variant_name(text: str) -> str:
 
 
 def whole_number(text: str, smallest: int = 1) -> int:
-    """Parse a whole number, 1 or more."""
+    """Parse a whole number, the smallest or more."""
     if not text.isdecimal() or int(text) < smallest:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} or more")
     return int(text)
@@ -1387,7 +1499,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", "of the choice of slices, with --rsna", 0, type=zero_or_more)
     add("--dask", "send the work to the Dask scheduler at this address", None, "off", metavar="ADDRESS")
     args = parser.parse_args(argv)
+    for name in ("raw_data", "output", "rsna"):  # absolute, as Dask workers run in folders of their own
+        if path := getattr(args, name):
+            setattr(args, name, path.absolute())
     args.input = args.rsna or args.raw_data
+    if 0 < args.test < len(CLASSES):
+        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {len(CLASSES)} or more")
     if not args.rsna and not any(
         (args.raw_data / split).is_dir() for split in ("TrainingData", "TestingData")
     ):
@@ -1407,7 +1524,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
-    except (OSError, sqlite3.OperationalError) as err:  # inputs are guarded one by one, so this is the output
+    except (OSError, sqlite3.DatabaseError) as err:  # of the output or the input folder, not of one file
         print(f"error: stopped, {err}; {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -273,12 +273,13 @@ REFUSED = {
     "RLE cut": (cut(RLELossless, 0.8), "truncated"),
     "JPEG-LS cut": (cut(JPEGLSLossless, 0.8), "truncated"),
     "JPEG 2000 cut": (cut(JPEG2000Lossless, 0.8), "truncated"),
-    "deflate cut": (cut(DeflatedExplicitVRLittleEndian, 0.8), "damaged"),
+    "deflate cut": (cut(DeflatedExplicitVRLittleEndian, 0.8), "truncated"),
     "more pixels than rows": (changed(Rows=16), "PixelData"),
     "RLE of another size": (wrong_stream(RLELossless), "PixelData"),
     "JPEG-LS of another size": (wrong_stream(JPEGLSLossless), "codestream"),
     "JPEG 2000 of another size": (wrong_stream(JPEG2000Lossless), "codestream"),
     "huge header": (changed(Rows=60_000, Columns=60_000), "pixels"),
+    "long and thin": (lambda p: save_ct(p, np.zeros((2, 4001), np.int16)), "2 x 4001 pixels"),
     "no rows": (changed(Rows=None), "Rows"),
     "deflate bomb": (deflate_bomb, "deflated"),
     "unknown syntax": (
@@ -391,7 +392,48 @@ def test_decoder_that_crashes_hangs_or_eats_memory_costs_its_file_alone(raw, mon
     assert "found 12" in capsys.readouterr().out
 
 
-def start(raw, output="out"):
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("Insufficient memory")], ids=["numpy", "OpenCV"])
+def test_step_that_runs_out_of_memory_costs_its_file_alone(raw, monkeypatch, error):
+    def fail(hu):
+        raise error
+
+    if isinstance(error, cv2.error):
+        error.code = cv2.Error.StsNoMem
+    monkeypatch.setattr(step1, "head_mask", fail)
+    assert "memory" in reason_of(next((raw / "TrainingData").rglob("*.dcm")), raw.parent)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.processes
+def test_processes_killed_from_outside_are_replaced_and_no_file_is_lost(raw):
+    many(raw, 60)
+    process = start(raw)
+    wait_for_png(raw.parent / "out")
+    for _ in range(4):
+        for worker in children(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert run(raw) == 0  # those that were at work in a killed process are tried again
+    assert {row["status"] for row in rows_of(raw).values()} == {"ok"}
+
+
+def children(pid):
+    """Return the processes that another one started with Step 1's spawn."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if parent == pid and b"spawn_main" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def start(raw, output="out", new_session=False):
     command = [
         sys.executable,
         str(SCRIPT),
@@ -402,7 +444,8 @@ def start(raw, output="out"):
         "--jobs",
         "2",
     ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=new_session)
 
 
 def wait_for_png(folder):
@@ -455,6 +498,21 @@ def test_interrupt_stops_within_two_seconds_and_says_how_to_go_on(raw):
     assert time.monotonic() - started < 2
     assert process.returncode == 130
     assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.processes
+def test_interrupt_while_the_processes_start_is_as_clean(raw):
+    """As a terminal sends it: to the program and all of its processes."""
+    many(raw, 60)
+    process = start(raw, new_session=True)
+    while not (raw.parent / "out" / ".patient_key").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
     assert "Traceback" not in errors
 
 

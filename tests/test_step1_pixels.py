@@ -62,6 +62,13 @@ def test_padding_becomes_air():
     assert hu_and_grey(ct)[0].tolist() == [[-1000, 0, 40]]
 
 
+@pytest.mark.parametrize(("dtype", "stored", "written"), [("i2", -2000, 63536), ("u2", 63536, -2000)])
+def test_padding_with_the_wrong_sign_is_padding_still(dtype, stored, written):
+    ct = make_ct(np.array([[stored, 0, 40]]).astype(dtype))
+    ct.add_new("PixelPaddingValue", "US" if written > 0 else "SS", written)
+    assert hu_and_grey(ct)[0].tolist() == [[-1000, 0, 40]]
+
+
 def test_padding_range_becomes_air():
     ct = make_ct(np.array([[-2000, -1900, -1800, 5]], np.int16))
     ct.PixelPaddingValue, ct.PixelPaddingRangeLimit = -2000, -1900
@@ -84,10 +91,14 @@ def test_12bit_values_with_a_usual_intercept_are_left_alone():
     assert hu.tolist() == [[-1024, 2176]]
 
 
-def test_values_no_ct_has_are_refused():
-    ct = make_ct(np.full((4, 4), 30_000, np.int16))
+@pytest.mark.parametrize("value", [-12_000, 25_000])
+def test_values_no_ct_has_are_refused_in_more_than_1_percent_of_the_pixels(value):
+    stored = np.zeros((40, 50), np.int16)
+    stored.flat[:20] = value
+    step1.hounsfield(stored, make_ct(stored))
+    stored.flat[:21] = value
     with pytest.raises(step1.UnsuitableFile, match="20,000 HU"):
-        step1.hounsfield(step1.decode(ct), ct)
+        step1.hounsfield(stored, make_ct(stored))
 
 
 # ---------------------------------------- HU -> grey
@@ -167,6 +178,19 @@ def test_voi_lut_goes_before_the_window():
     assert fields == {"window_source": "header"}
 
 
+def test_voi_lut_whose_first_value_lost_its_sign_is_the_same():
+    item = Dataset()
+    item.add_new(0x00283002, "US", [4, 65535, 8])
+    item.add_new(0x00283006, "US", [10, 20, 30, 250])
+    ct = make_ct(np.array([[-50, -1, 0, 1, 2, 90]], np.int16), VOILUTSequence=Sequence([item]))
+    assert hu_and_grey(ct)[1].tolist() == [[10, 10, 20, 30, 250, 250]]
+
+
+def test_fractional_hu_are_windowed_as_they_are():
+    hu = np.array([[0.0, 0.5, 39.5, 78.5, 79.0]], np.float32)
+    assert np.array_equal(step1.window_to_grey(hu, (40, 80)), np.rint(np.clip(hu / 79, 0, 1) * 255))
+
+
 def test_monochrome1_shows_the_lowest_value_white():
     window = {"WindowCenter": 40, "WindowWidth": 80}
     stored = np.arange(-20, 100, dtype=np.int16).reshape(10, 12)
@@ -194,6 +218,24 @@ def test_head_mask_cuts_a_holder_wall_that_touches_the_skin():
     mask = step1.head_mask(hu.astype(np.float32))
     assert (mask & wall).sum() < 0.1 * wall.sum()  # a little where it touches
     assert (head & ~mask).sum() < 0.005 * head.sum()
+
+
+def test_head_mask_keeps_a_long_wall_as_dense_as_bone():
+    """The edge of an open jaw or of a sinus: long, partly outside, but above 600 HU somewhere."""
+    hu = plain_head(512)
+    wall = np.zeros(hu.shape, bool)
+    wall[200:260, 436:440] = True
+    hu[wall] = 800
+    assert step1.head_mask(hu.astype(np.float32))[wall].mean() > 0.9
+
+
+def test_head_mask_cuts_a_cushion_that_goes_on_and_on():
+    hu = plain_head(512)
+    cushion = np.zeros(hu.shape, bool)
+    cushion[430:436, 20:490] = True  # soft, thin, and touches the skin below
+    hu[cushion & (hu < 0)] = 0
+    far = cushion & ~disc(hu.shape, (256, 256), 0.4 * 512)
+    assert not step1.head_mask(hu.astype(np.float32))[far].any()
 
 
 def test_head_mask_keeps_a_soft_short_ear():
@@ -230,7 +272,7 @@ def test_bone_mask_spares_a_calcified_plexus():
 def test_bone_mask_takes_the_partial_volume_rim():
     hu = plain_head()
     inner = disc(hu.shape, (64, 64), 0.27 * 128)
-    rim = inner & ~disc(hu.shape, (64, 64), 0.27 * 128 - 1)
+    rim = inner & ~disc(hu.shape, (64, 64), 0.27 * 128 - 1.8)  # two pixels
     hu[rim] = 110
     assert step1.bone_mask(hu.astype(np.float32), hu > -1000)[rim].all()
 
@@ -369,8 +411,9 @@ def test_odd_shapes_pass_every_variant(shape):
         (np.full((64, 64), 40), True),
         (plain_head(64), False),
         (np.where(disc((64, 64), (32, 32), 3), 30, -1000), True),
+        (np.where(disc((64, 64), (32, 32), 5), 30, -1000), False),
     ],
-    ids=["air", "constant", "head", "tip of the vertex"],
+    ids=["air", "constant", "head", "tip of the vertex, 0.7 %", "a little more, 1.9 %"],
 )
 def test_blank(hu, blank):
     hu = hu.astype(np.float32)

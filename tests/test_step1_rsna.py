@@ -1,6 +1,7 @@
 """Step 1 on the layout of Kaggle's RSNA-2019 download, made small in a temporary folder."""
 
 import csv
+import os
 
 import pandas as pd
 import pytest
@@ -174,6 +175,39 @@ def test_the_nested_folders_of_the_original_archive_are_found(download):
 def test_folder_that_is_no_download_is_a_usage_error(tmp_path, capsys):
     assert step1.main(["--rsna", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "stage_2_train.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"ID,Label\n1,2,3,4\n", "ID,Label\n\xe9_epidural,1\n".encode("latin-1"), b"ID,Label\n12345,0\n"],
+    ids=["empty", "ragged", "another encoding", "ids without subtype"],
+)
+def test_damaged_label_file_is_a_usage_error(download, capsys, content):
+    (download / "stage_2_train.csv").write_bytes(content)
+    assert step1.main(["--rsna", str(download), "--output", str(download.parent / "out")]) == 2
+    assert "unpack the download again" in capsys.readouterr().err
+
+
+def test_label_file_without_any_row_of_a_subtype_is_a_usage_error(download, capsys):
+    write_csv(download, [row for row in read_csv(download) if not row[0].endswith("_epidural")])
+    assert step1.main(["--rsna", str(download), "--output", str(download.parent / "out")]) == 2
+    assert "no row of epidural" in capsys.readouterr().err
+
+
+def test_download_of_which_nothing_can_be_used_is_a_usage_error(download, capsys):
+    write_csv(download, [(i, "no number") for i, _ in read_csv(download)])
+    assert step1.main(["--rsna", str(download), "--output", str(download.parent / "out")]) == 2
+    output = capsys.readouterr()
+    assert "left out: 330 rows whose Label is no number" in output.out
+    assert "no slice of" in output.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on Windows")
+def test_fifo_among_the_files_blocks_nothing(download, capsys):
+    (download / "stage_2_train_images" / "ID_healthy0.dcm").unlink()
+    os.mkfifo(download / "stage_2_train_images" / "ID_healthy0.dcm")
+    run(download, "--per-class", "2", "--test", "0")
+    assert "left out: 1 slices without a file" in capsys.readouterr().out
 
 
 def test_patient_with_several_classes_stays_on_one_side():

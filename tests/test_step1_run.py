@@ -134,6 +134,44 @@ def test_wrong_test_labels_are_a_usage_error(raw, capsys):
     assert "stroke" in capsys.readouterr().err
 
 
+def test_test_labels_match_whatever_the_case_of_dcm_and_with_spaces(raw):
+    save_ct(raw / "TestingData" / "T2.DCM", plain_head())
+    text = "image,label\n T2.DCM , Epidural\nt.dcm,healthy\n"
+    (raw / "TestingData_labels.csv").write_text(text, encoding="utf-8")
+    assert run(raw) == 0
+    assert [manifest(raw)[f"TestingData/{n}"]["label"] for n in ("T2.DCM", "t.dcm")] == [
+        "epidural",
+        "healthy",
+    ]
+
+
+def test_test_labels_that_name_no_file_are_reported(raw, capsys):
+    (raw / "TestingData_labels.csv").write_text("image,label\nu,healthy\n", encoding="utf-8")
+    run(raw)
+    assert "1 rows of TestingData_labels.csv name no file, such as 'u'" in capsys.readouterr().out
+
+
+def test_test_labels_in_another_encoding_are_a_usage_error(raw, capsys):
+    (raw / "TestingData_labels.csv").write_bytes("image,label\nt\xe9,healthy\n".encode("latin-1"))
+    assert run(raw) == 2
+    assert "UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "not hexadecimal", "ab" * 8])
+def test_damaged_patient_key_is_a_usage_error(raw, capsys, content):
+    run(raw)
+    (raw.parent / "out" / ".patient_key").write_text(content, encoding="ascii")
+    assert run(raw, "--force") == 2
+    assert ".patient_key is damaged" in capsys.readouterr().err
+
+
+def test_damaged_ledger_is_a_usage_error(raw, capsys):
+    run(raw)
+    (raw.parent / "out" / ".ledger.sqlite3").write_bytes(b"garbage " * 1000)
+    assert run(raw) == 2
+    assert "delete it" in capsys.readouterr().err
+
+
 def test_same_patient_same_pseudonym_and_never_the_id(raw):
     for name in ("d", "e"):
         save_ct(raw / "TrainingData" / "healthy" / f"{name}.dcm", plain_head(), PatientID="a")
@@ -189,6 +227,13 @@ def names_of(sources):
         taken.add(folded)
         names.append(name)
     return names
+
+
+def test_folder_named_like_a_picture_is_no_obstacle(raw):
+    folder = raw / "TrainingData" / "healthy"
+    save_ct(folder / "a.png" / "d.dcm", plain_head())
+    assert run(raw) == 0
+    assert "0_Dicom2PNG/TrainingData/healthy/a.png~/d.png" in pngs(raw)
 
 
 def test_only_a_final_dcm_is_cut():
@@ -394,6 +439,34 @@ def test_file_outside_the_class_folders_is_refused_with_the_remedy(raw):
     save_ct(raw / "TrainingData" / "epidurals" / "x.dcm", plain_head())
     assert run(raw) == 1
     assert "TrainingData/<healthy|" in manifest(raw)["TrainingData/epidurals/x.dcm"]["reason"]
+
+
+def test_input_that_is_gone_or_was_moved_loses_its_old_pngs(raw, capsys):
+    run(raw)
+    (raw / "TrainingData" / "healthy" / "a.dcm").rename(raw / "TrainingData" / "epidural" / "a.dcm")
+    (raw / "TrainingData" / "subdural" / "c.dcm").unlink()
+    assert run(raw) == 0
+    assert {name.split("/", 1)[1] for name in pngs(raw)} == {
+        *("TrainingData/epidural/a.png", "TrainingData/epidural/b.png", "TestingData/t.png")
+    }
+    assert "removed the pictures of 2 inputs" in capsys.readouterr().out
+
+
+def test_thin_slice_is_drawn_in_the_preview(raw):
+    save_ct(raw / "TrainingData" / "intraparenchymal" / "thin.dcm", np.full((4, 2000), 40, np.int16))
+    strip = np.tile(np.arange(2000, dtype=np.int16) % 80, (4, 1))
+    save_ct(raw / "TrainingData" / "intraventricular" / "thin.dcm", strip)
+    assert run(raw) == 0
+
+
+def test_preview_of_a_stopped_run_is_drawn_by_the_next(raw, monkeypatch):
+    run(raw)
+    before = (raw.parent / "out" / "preview.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(step1, "draw_preview", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(raw, "--roi-window", "50,130") == 130
+    assert run(raw, "--roi-window", "50,130") == 0
+    assert (raw.parent / "out" / "preview.png").read_bytes() != before
 
 
 def test_file_that_went_bad_loses_its_old_pngs(raw):
