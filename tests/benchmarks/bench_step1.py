@@ -8,7 +8,6 @@ All ways run in turn, round by round, so that a change of the machine's speed me
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -85,7 +84,7 @@ def whole_program(jobs: int) -> Callable:
         raw = out / "raw"
         (raw / "TestingData").mkdir(parents=True)
         for number, path in enumerate(paths):
-            os.link(path, raw / "TestingData" / f"{number}.dcm")
+            shutil.copy(path, raw / "TestingData" / f"{number}.dcm")
         command = [sys.executable, str(ROOT / "Step1_Image_Preprocessing.py"), "--raw-data", str(raw)]
         subprocess.run(
             [*command, "--output", str(out / "png"), "--jobs", str(jobs)], check=True, capture_output=True

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -65,14 +66,15 @@ def notebook_step(args: argparse.Namespace, notebook: dict, device: torch.device
     settings = notebook["resolve_settings"]("full", given, int(device.type == "cuda"))
     precision, why = notebook["choose_precision"]("auto", device)
     accelerator = Accelerator(mixed_precision=precision)
-    on_cpu, cuda = device.type == "cpu", device.type == "cuda"
-    levers = notebook["Levers"](precision, on_cpu, on_cpu or cuda, False, args.batch, (why,))
-    if cuda:
-        levers = notebook["measure_levers"](settings, accelerator, levers, steps=10_000)
+    if device.type == "cuda":
+        base = notebook["Levers"](precision, False, True, False, args.batch, (why,))
+        levers = notebook["measure_levers"](settings, accelerator, base, steps=10_000)
+    else:
+        levers = notebook["choose_levers"](SimpleNamespace(settings=settings), accelerator, precision, why)
     trainer = notebook["Trainer"](settings, levers, accelerator, 0.1)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
-    return (lambda: trainer.step(pictures, labels, 1e-6)), levers
+    return (lambda: notebook["train_step"](trainer, pictures, labels, 1e-6)), levers
 
 
 def ways_to_train(args: argparse.Namespace, notebook: dict, device: torch.device) -> dict[str, Callable]:
@@ -81,7 +83,7 @@ def ways_to_train(args: argparse.Namespace, notebook: dict, device: torch.device
     labels = torch.arange(args.batch, device=device) % 6
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     usable = [lever for lever in LEVERS if lever != "bf16" or bf16]
-    if why := notebook["can_compile"]() if device.type == "cuda" else "measured on CUDA only":
+    if why := notebook["why_not_compile"]() if device.type == "cuda" else "measured on CUDA only":
         usable.remove("compile")
         print(f"torch.compile is left out: {why}")
 
