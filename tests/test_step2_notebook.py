@@ -457,6 +457,17 @@ def test_folds_are_patient_disjoint_stratified_and_repeatable(notebook):
     assert not np.array_equal(fold_of, notebook["make_folds"](slices, 5, seed=1))
 
 
+def test_folds_do_not_depend_on_how_patients_are_called(notebook):
+    """Pseudonyms are keyed by the output folder: the same data would get other folds on each machine."""
+    slices = some_slices(dict.fromkeys(CLASSES, 10))
+    renamed = {name: f"{k * 7919 % 1009:04}" for k, name in enumerate(sorted(set(slices["patient"])))}
+    folds = [
+        notebook["make_folds"](table, 5, seed=0)
+        for table in (slices, slices.assign(patient=slices["patient"].map(renamed)))
+    ]
+    assert np.array_equal(*folds)
+
+
 def test_patients_with_slices_of_several_classes_are_still_spread_evenly(notebook):
     rng = np.random.default_rng(0)
     pairs = [(CLASSES[c], f"p{p}") for p in range(60) for c in rng.choice(6, 2)]
