@@ -305,6 +305,18 @@ def test_claim_of_a_living_process_is_respected_and_of_a_dead_one_taken(notebook
         assert got
 
 
+@pytest.mark.parametrize("content", ["", '{"host": '], ids=["empty", "half"])
+def test_claim_that_is_not_yet_written_counts_until_it_is_old(notebook, tmp_path, content):
+    claim = tmp_path / "claim.json"
+    claim.write_text(content)
+    with notebook["claimed"](tmp_path) as got:
+        assert not got
+    os.utime(claim, (time.time() - 3600,) * 2)
+    with notebook["claimed"](tmp_path) as got:
+        assert got
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------- parameters
 
 
@@ -321,6 +333,7 @@ def test_claim_of_a_living_process_is_respected_and_of_a_dead_one_taken(notebook
         ({"weights": "nowhere.pt"}, "weights = 'nowhere.pt': no such file"),
         ({"mixed_precision": "fp8"}, "mixed_precision = 'fp8': choose of auto"),
         ({"profile": "fast"}, "profile = 'fast': choose of auto, full, quick"),
+        ({"control_run": "false"}, "control_run = 'false': set True or False"),
     ],
 )
 def test_wrong_parameter_gets_a_sentence(notebook, data, tmp_path, given, sentence):
@@ -650,6 +663,29 @@ def test_levers_on_a_gpu_are_those_that_pay(steps, compiled, channels_last, on):
         *("bf16", "8 slices at a time", f"channels_last {'on' if on[0] else 'off'}"),
         f"torch.compile {'on' if on[1] else 'off'}",
     ]
+
+
+def test_slices_at_a_time_are_as_many_as_fit():
+    notebook = load_notebook()
+
+    def seconds(settings, levers, accelerator):
+        if levers.part > 3 or levers.channels_last:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return 0.1, 0.0
+
+    notebook.update(time_levers=seconds, why_not_compile=lambda: "no compiler")
+    base = notebook["Levers"]("bf16", False, True, False, 8, ())
+    levers = notebook["measure_levers"]({}, None, base, 100)
+    assert (levers.part, levers.channels_last) == (3, False)
+
+
+def test_loading_draws_nothing_from_the_generator_of_the_training(notebook, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32), np.uint8))
+    settings = {**notebook["PROFILES"]["quick"], "image_size": 32, "workers": 0}
+    pictures = notebook["Pictures"](tmp_path, ["a.png"], settings)
+    before = torch.get_rng_state()
+    list(notebook["make_loader"](pictures, [[(None, 0)]], settings))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_same_seed_for_all_variants_and_another_for_the_control(notebook):
