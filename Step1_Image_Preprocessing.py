@@ -9,6 +9,7 @@ Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one
          <raw-data>/TestingData_labels.csv (image,label) is optional.
 Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey
          <output>/manifest.csv, a row per input file; the notebook takes its patients from it
+         (blank and head_fraction are known with a ROI variant, bone_fraction and crop with a noblank one)
          <output>/preview.png, a labelled contact sheet
 
 A second run does only what is missing or changed. A file that can't be used costs only itself: it becomes a
@@ -37,7 +38,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from logging import NullHandler, getLogger
 from multiprocessing import resource_tracker
@@ -103,6 +104,7 @@ CLAHE_TILES = (8, 8)
 BILATERAL_DIAMETER = 20  # px
 BILATERAL_SIGMA_COLOR = 50  # grey levels
 BILATERAL_SIGMA_SPACE = 50  # px
+BILATERAL_STRIP = 16  # rows filtered in one go; fewer follow the head's outline closer, more cost fewer calls
 
 MAX_PIXELS = 16_000_000  # no CT slice has more; a header that claims more would only eat memory
 MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels and a generous header
@@ -118,8 +120,8 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.JPEGLosslessSV1: ("gdcm", "python-gdcm"),
     uid.JPEGLSLossless: ("pyjpegls", "pyjpegls"),
     uid.JPEGLSNearLossless: ("pyjpegls", "pyjpegls"),
-    uid.JPEG2000Lossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
-    uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
+    uid.JPEG2000Lossless: ("gdcm", "python-gdcm"),
+    uid.JPEG2000: ("gdcm", "python-gdcm"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
 PLAIN_SYNTAXES = {  # (implicit VR, little endian) -> transfer syntax
@@ -140,6 +142,7 @@ FAILED_SHOWN = 50  # lines at the end; the manifest has them all
 # RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 getLogger("pydicom").addHandler(NullHandler())  # its warnings go to the manifest instead
+cv2.ocl.setUseOpenCL(False)  # a GPU's bilateral filter would round otherwise
 
 
 class UnsuitableFile(Exception):
@@ -420,7 +423,8 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
             setattr(ds, keyword, first_number(ds, keyword))
     hu = apply_rescale(stored, ds).astype(np.float32)
     hu[padded] = AIR_HU
-    if np.mean((hu < -10_000) | (hu > 20_000)) > 0.01:  # metal and its wraps reach further, in few pixels
+    impossible = np.count_nonzero(hu < -10_000) + np.count_nonzero(hu > 20_000)
+    if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
         raise UnsuitableFile(
             "over 1 % of the pixels are below -10,000 or above 20,000 HU: RescaleSlope/Intercept?"
         )
@@ -441,17 +445,29 @@ def voi_function(ds: Dataset) -> str:
     return texts(ds, "VOILUTFunction")[0] or "LINEAR"
 
 
-def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
-    """Map HU to uint8 grey by a VOI window; black and white are the window's own ends (PS3.3 C.11.2.1.2)."""
+def apply_window(hu: np.ndarray, window: tuple[float, float], function: str) -> np.ndarray:
+    """Map HU, of any shape, to uint8 grey by a VOI window (PS3.3 C.11.2.1.2)."""
     voi = Dataset()
     voi.PhotometricInterpretation, voi.PixelRepresentation, voi.BitsStored = "MONOCHROME2", 0, 8  # 0..255 out
     voi.WindowCenter, voi.WindowWidth = (DSfloat(value, auto_format=True) for value in window)
     voi.VOILUTFunction = function
-    lowest, highest = float(hu.min()), float(hu.max())
-    if highest - lowest < hu.size and (hu == np.rint(hu)).all():  # few values, each needs its grey only once
-        table = np.rint(apply_windowing(np.arange(lowest, highest + 1), voi)).astype(np.uint8)
-        return table.take((hu - lowest).astype(np.int32))
-    return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
+    with np.errstate(over="ignore"):  # far below a narrow SIGMOID exp is infinite, and the grey 0
+        return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
+
+
+@lru_cache(maxsize=64)  # windows; a whole archive has few
+def grey_table(window: tuple[float, float], function: str) -> np.ndarray:
+    """Return the grey of 0, 1, ... 32767, -32768, ... -1 HU, uint8 (65536,): the order of 16-bit patterns."""
+    return apply_window(np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float32), window, function)
+
+
+def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
+    """Map HU to uint8 grey by a VOI window; black and white are the window's own ends."""
+    if hu.min() >= -(2**15) and hu.max() < 2**15:
+        whole = hu.astype(np.int16)
+        if (whole == hu).all():  # a look-up gives the same grey, sooner
+            return grey_table(window, function).take(whole.view(np.uint16))
+    return apply_window(hu, window, function)
 
 
 def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
@@ -500,11 +516,9 @@ def pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return labels, count
 
 
-def areas_of(labels: np.ndarray) -> np.ndarray:
+def areas_of(labels: np.ndarray, count: int) -> np.ndarray:
     """Return each piece's area in pixels, 0 for label 0."""
-    areas = np.bincount(labels.ravel())
-    areas[0] = 0
-    return areas
+    return np.bincount(labels[labels > 0], minlength=count)
 
 
 def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
@@ -550,7 +564,7 @@ def head_mask(hu: np.ndarray) -> np.ndarray:
     labels, count = pieces(thick > CORE_RADIUS * width)
     if count == 1:
         return np.zeros(hu.shape, bool)
-    from_center = distance_to(labels == areas_of(labels).argmax())
+    from_center = distance_to(labels == areas_of(labels, count).argmax())
     core = half & (from_center <= CORE_RADIUS * width)  # morphological opening
 
     from_core = distance_to(core)
@@ -571,7 +585,7 @@ def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
     Judged in HU, never by grey level: blood (up to about 100 HU) is white in a narrow window, yet no bone.
     """
     labels, count = pieces(head & (hu > BONE_EDGE_HU))
-    large = areas_of(labels) > BONE_MIN_FRACTION * head.sum()
+    large = areas_of(labels, count) > BONE_MIN_FRACTION * head.sum()
     bone = (large & found_in(labels, count, hu > BONE_SEED_HU)).take(labels)
     return bone | (head & (hu > BONE_RIM_HU) & grow(bone, BONE_RIM_PIXELS))
 
@@ -606,7 +620,7 @@ def roi(ct: CTSlice, window: tuple[float, float] | None) -> CTSlice:
     """Keep the head, black out everything else, and show the head in one fixed window (None: as it was)."""
     head = head_mask(ct.hu)
     grey = ct.image if window is None else window_to_grey(ct.hu, window)
-    return replace(ct, image=np.where(head, grey, 0).astype(np.uint8), mask=head)
+    return replace(ct, image=grey * head, mask=head)
 
 
 def noblank(ct: CTSlice) -> CTSlice:
@@ -615,7 +629,7 @@ def noblank(ct: CTSlice) -> CTSlice:
     x0, y0, x1, y1 = box = square_box(left)
     return CTSlice(
         hu=crop(ct.hu, box, AIR_HU),
-        image=crop(np.where(left, ct.image, 0).astype(np.uint8), box, 0),
+        image=crop(ct.image * left, box, 0),
         mask=crop(left, box, False),
         box=(ct.box[0] + x0, ct.box[1] + y0, ct.box[0] + x1, ct.box[1] + y1),
     )
@@ -624,21 +638,26 @@ def noblank(ct: CTSlice) -> CTSlice:
 def clahe(ct: CTSlice) -> CTSlice:
     """Equalise the histogram tile by tile, contrast-limited (Zuiderveld 1994); background stays 0."""
     grey = cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES).apply(ct.image)
-    return replace(ct, image=np.where(ct.mask, grey, 0).astype(np.uint8))
+    return replace(ct, image=grey * ct.mask)
 
 
 def bilateral(ct: CTSlice) -> CTSlice:
-    """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered."""
-    if not ct.mask.any():
-        return ct
-    x, y, w, h = cv2.boundingRect(ct.mask.astype(np.uint8))
-    radius = BILATERAL_DIAMETER // 2
-    part = np.s_[max(y - radius, 0) : y + h + radius, max(x - radius, 0) : x + w + radius]
-    image = np.zeros_like(ct.image)
-    image[part] = cv2.bilateralFilter(
-        ct.image[part], BILATERAL_DIAMETER, BILATERAL_SIGMA_COLOR, BILATERAL_SIGMA_SPACE
-    )
-    return replace(ct, image=np.where(ct.mask, image, 0).astype(np.uint8))
+    """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered.
+
+    Strip by strip, each as wide as the head is there. The strips are parts of one cv2.UMat, so the filter
+    sees the pixels beyond their edges, and the result is that of the whole picture.
+    """
+    whole, image, mask = cv2.UMat(ct.image), np.zeros_like(ct.image), ct.mask.astype(np.uint8)
+    for top in range(0, len(mask), BILATERAL_STRIP):
+        x, y, w, h = cv2.boundingRect(mask[top : top + BILATERAL_STRIP])
+        if w:
+            image[top + y : top + y + h, x : x + w] = cv2.bilateralFilter(
+                cv2.UMat(whole, (x, top + y, w, h)),
+                BILATERAL_DIAMETER,
+                BILATERAL_SIGMA_COLOR,
+                BILATERAL_SIGMA_SPACE,
+            ).get()
+    return replace(ct, image=image * ct.mask)
 
 
 def step_runner(ct: CTSlice, roi_window: tuple[float, float] | None):
@@ -693,11 +712,13 @@ def pseudonym(patient_id: object, key: bytes) -> str:
 def write_atomically(path: Path, data: bytes, output: Path) -> None:
     """Write a file so that it is there whole or not at all, whenever the process ends."""
     temporary = output / ".tmp" / secrets.token_hex(8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.parent.mkdir(exist_ok=True)
     try:
         temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:  # the first file of its folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -714,19 +735,23 @@ def convert(task: Task, settings: Settings) -> dict:
     for variant in task.variants:
         _, png = cv2.imencode(".png", after(VARIANTS[variant]).image)
         write_atomically(settings.output / variant / task.image, png.tobytes(), settings.output)
-    head, left = after(("roi",)).mask, after(("roi", "noblank"))
-    return {
+    fields = {
         "status": "ok",
         "patient": patient,
         "rows": hu.shape[0],
         "columns": hu.shape[1],
         **window_fields,
         "hu_repaired": int(repaired),
-        "blank": int(is_blank(hu, head)),
-        "head_fraction": round(float(head.mean()), 4),
-        "bone_fraction": round(1 - float(left.mask.sum()) / max(int(head.sum()), 1), 4) if head.any() else 0,
-        "crop": "{} {} {} {}".format(*left.box),
     }
+    steps = {step for variant in task.variants for step in VARIANTS[variant]}
+    if "roi" in steps:
+        head = after(("roi",)).mask
+        fields |= {"blank": int(is_blank(hu, head)), "head_fraction": round(float(head.mean()), 4)}
+    if {"roi", "noblank"} <= steps:
+        left = after(("roi", "noblank"))
+        bone = 1 - float(left.mask.sum()) / max(int(head.sum()), 1) if head.any() else 0
+        fields |= {"bone_fraction": round(bone, 4), "crop": "{} {} {} {}".format(*left.box)}
+    return fields
 
 
 @contextmanager
@@ -984,14 +1009,19 @@ def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) ->
 
 
 def record(ledger: sqlite3.Connection, source: str, fields: dict) -> None:
-    """Write what became of a file into the ledger."""
+    """Write what became of a file into the ledger.
+
+    What this run did not find out, as the head where no ROI variant was due, stays known from an earlier run
+    if nothing has changed since.
+    """
     kept = ("source", "image", "split", "label", "fingerprint")
     columns = [column for column in MANIFEST_COLUMNS if column not in kept]
-    values = [str(fields.get(column, "")) for column in columns]
+    unknown = None if fields["status"] == "ok" else ""
+    values = [str(fields[column]) if column in fields else unknown for column in columns]
+    known = "CASE WHEN status = 'ok' AND fingerprint = due THEN {0} ELSE '' END"
+    changes = ", ".join(f"{column} = coalesce(?, {known.format(column)})" for column in columns)
     ledger.execute(
-        f"UPDATE files SET {', '.join(f'{column} = ?' for column in columns)}, fingerprint = due, todo = '' "
-        "WHERE source = ?",
-        (*values, source),
+        f"UPDATE files SET {changes}, fingerprint = due, todo = '' WHERE source = ?", (*values, source)
     )
 
 
@@ -1331,7 +1361,7 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
     """
     tile, left, top, font = 200, 150, 44, cv2.FONT_HERSHEY_SIMPLEX  # px
     best = (
-        "SELECT label, image FROM files WHERE label = ? AND status = 'ok' AND blank = '0' "
+        "SELECT label, image FROM files WHERE label = ? AND status = 'ok' AND blank != '1' "
         "ORDER BY split = 'train' DESC, head_fraction * (1 - bone_fraction) DESC, source LIMIT 1"
     )
     shown = [row for label in CLASSES for row in ledger.execute(best, (label,))]

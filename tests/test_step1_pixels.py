@@ -119,6 +119,14 @@ def test_brain_window_by_hand():
     assert grey.tolist() == [[0, 0, round(255 / 79), round(40 * 255 / 79), 255, 255]]
 
 
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("values", [[-10.25, 0.5, 39.75, 79.5], [-40_000, 20, 40_000], [-32_768, 60, 32_767]])
+def test_fractions_of_hu_and_huge_values_follow_the_formula_too(values, function):
+    grey = step1.window_to_grey(np.array([values], np.float32), (40, 80), function)
+    with np.errstate(over="ignore"):
+        assert grey.tolist() == [[round(voi_oracle(np.float64(x), 40, 80, function)) for x in values]]
+
+
 def test_a_grey_level_means_the_same_hu_in_every_slice():
     dark = make_ct(np.array([[0, 40]], np.int16), WindowCenter=40, WindowWidth=80)
     bright = make_ct(np.array([[40, 3000]], np.int16), WindowCenter=40, WindowWidth=80)
@@ -381,11 +389,13 @@ def test_bilateral_follows_the_papers_formula():
     assert after.image[~before.mask].max() == 0
 
 
-def test_bilateral_of_the_heads_box_equals_that_of_the_whole_image():
+@pytest.mark.parametrize("steps", [("roi",), ("roi", "noblank")], ids=["within the image", "to its edges"])
+def test_bilateral_of_the_heads_strips_equals_that_of_the_whole_picture(steps):
     rng = np.random.default_rng(0)
     hu = plain_head(256) + rng.integers(-20, 20, (256, 256)).astype(np.int16)
-    before, after = run_steps(hu, "roi"), run_steps(hu, "roi", "bilateral")
+    before, after = run_steps(hu, *steps), run_steps(hu, *steps, "bilateral")
     whole = cv2.bilateralFilter(before.image, 20, 50, 50)
+    assert not np.array_equal(whole, before.image)
     assert np.array_equal(after.image, np.where(before.mask, whole, 0))
 
 

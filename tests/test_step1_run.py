@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,32 @@ def test_manifest_row(raw):
         "crop": "20 20 109 109",
     }
     assert {key: row[key] for key in expected} == expected
+
+
+def test_the_heads_columns_come_with_the_variants_that_need_it(raw):
+    def head_columns():
+        row = manifest(raw)["TrainingData/epidural/b.dcm"]
+        return [row[column] for column in ("blank", "head_fraction", "bone_fraction", "crop")]
+
+    run(raw, "--variants", "0")
+    assert head_columns() == ["", "", "", ""]
+    run(raw, "--variants", "1")
+    assert head_columns()[0] == "0"
+    assert [bool(value) for value in head_columns()] == [True, True, False, False]
+    run(raw)
+    complete = head_columns()
+    assert "" not in complete
+    run(raw, "--variants", "0", "--force")  # nothing changed, so the rest stays known
+    assert head_columns() == complete
+
+
+def test_a_file_that_changed_keeps_nothing_of_its_row(raw):
+    run(raw, "--variants", "4")
+    save_ct(raw / "TrainingData" / "epidural" / "b.dcm", plain_head(brain_hu=60))
+    for variant in step1.VARIANTS:
+        shutil.rmtree(raw.parent / "out" / variant, ignore_errors=True)
+    run(raw, "--variants", "0")
+    assert manifest(raw)["TrainingData/epidural/b.dcm"]["crop"] == ""
 
 
 def test_missing_window_is_noted_in_the_manifest(raw):

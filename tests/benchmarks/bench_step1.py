@@ -71,6 +71,7 @@ def one_process(variants: tuple[str, ...]) -> Callable:
 
     def way(paths: list[Path], out: Path) -> None:
         settings = step1.Settings(out, step1.BRAIN_WINDOW, b"k" * 32)
+        (out / ".tmp").mkdir(exist_ok=True)
         for number, path in enumerate(paths):
             step1.process(step1.Task(path.name, path, f"{number}.png", variants), settings)
 
