@@ -21,7 +21,6 @@ import csv
 import faulthandler
 import hashlib
 import math
-import multiprocessing
 import os
 import re
 import secrets
@@ -42,6 +41,7 @@ from functools import cache, lru_cache, partial
 from itertools import chain
 from logging import NullHandler, getLogger
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 
 import cv2
@@ -1235,6 +1235,21 @@ def interrupts_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class LastingLocks(SpawnContext):
+    """Starts processes by spawn; its locks last as long as itself.
+
+    The pool drops them before it ends its processes, and one that just starts would miss them loudly.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks = []
+
+    def RLock(self):
+        self.locks.append(super().RLock())
+        return self.locks[-1]
+
+
 def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterator[Outcome]:
     """Run tasks in processes of this machine; one that dies is replaced.
 
@@ -1244,7 +1259,8 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
     tasks, waiting = iter(tasks), {}
     for start in range(POOL_STARTS):
         again, waiting = tuple(waiting.values()), {}
-        pool = ProcessPool(jobs, initializer=ignore_interrupts, context=multiprocessing.get_context("spawn"))
+        context = LastingLocks()
+        pool = ProcessPool(jobs, initializer=ignore_interrupts, context=context)
 
         def submit(task: Task, pool: ProcessPool = pool) -> Future:
             try:

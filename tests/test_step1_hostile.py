@@ -499,9 +499,7 @@ def test_interrupt_stops_within_two_seconds_and_says_how_to_go_on(raw):
     assert time.monotonic() - started < 2
     assert process.returncode == 130
     assert "the same command goes on" in errors
-    assert (
-        "KeyboardInterrupt" not in errors
-    )  # a process that was just starting may complain of its lost parent
+    assert "Traceback" not in errors
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -516,9 +514,7 @@ def test_interrupt_while_the_processes_start_is_as_clean(raw):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert (
-        "KeyboardInterrupt" not in errors
-    )  # a process that was just starting may complain of its lost parent
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("broken", ["No space left on device", "Read-only file system"])

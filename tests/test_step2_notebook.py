@@ -387,6 +387,13 @@ def test_blank_and_refused_slices_are_left_out_and_counted(notebook, data):
     assert not slices.training["image"].str.contains("blank|bad").any()
 
 
+def test_manifest_that_knows_no_blank_slices_asks_for_a_roi_variant(notebook, tmp_path):
+    manifest = write_pictures(tmp_path, variants=())
+    manifest.assign(blank="").to_csv(tmp_path / "manifest.csv", index=False)
+    with pytest.raises(ValueError, match="which slices are blank"):
+        notebook["read_manifest"](tmp_path)
+
+
 def test_manifest_without_patients_is_slice_level(notebook, tmp_path):
     manifest = write_pictures(tmp_path, variants=())
     manifest.drop(columns="patient").to_csv(tmp_path / "manifest.csv", index=False)
@@ -594,13 +601,13 @@ def test_batches_have_every_slice_once_and_repeat(notebook):
 
 def make_trainer(notebook: dict, part: int):
     """Return a trainer of a network without batch norm, whose gradients must not depend on the parts."""
-    accelerator = notebook["Accelerator"](mixed_precision="no")
     settings = notebook["PROFILES"]["quick"] | {"image_size": SIZE}
     levers = notebook["Levers"]("no", False, False, False, part, ())
-    trainer = notebook["Trainer"](settings, levers, accelerator, 0.1)
+    trainer = notebook["Trainer"](settings, levers, 0.1)
     torch.manual_seed(0)
     trainer.model = trainer.forward = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6))
-    trainer.optimizer = accelerator.prepare_optimizer(torch.optim.SGD(trainer.model.parameters(), lr=0.0))
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)
+    trainer.optimizer = trainer.accelerator.prepare_optimizer(optimizer)
     return trainer
 
 
@@ -636,9 +643,8 @@ def test_batch_that_ends_the_memory_is_taken_in_halves(notebook):
 
 def test_levers_on_a_cpu_are_fixed_and_give_reasons(notebook, data, tmp_path):
     study = make_study(notebook, data, tmp_path)
-    accelerator = notebook["Accelerator"](mixed_precision="no")
-    precision = notebook["choose_precision"]("auto", torch.device("cpu"))
-    levers = notebook["choose_levers"](study, accelerator, *precision)
+    cpu = torch.device("cpu")
+    levers = notebook["choose_levers"](study, cpu, *notebook["choose_precision"]("auto", cpu))
     assert (levers.precision, levers.compiled, levers.part) == ("no", False, 8)
     assert len(levers.reasons) == 2 and all(":" in reason for reason in levers.reasons)
 
@@ -650,14 +656,14 @@ def test_levers_on_a_cpu_are_fixed_and_give_reasons(notebook, data, tmp_path):
 def test_levers_on_a_gpu_are_those_that_pay(steps, compiled, channels_last, on):
     notebook = load_notebook()
 
-    def seconds(settings, levers, accelerator):
+    def seconds(settings, levers):
         if levers.compiled and compiled is None:
             raise RuntimeError("no backend")
         return (compiled, 20.0) if levers.compiled else (channels_last if levers.channels_last else 0.1, 0.0)
 
     notebook.update(time_levers=seconds, why_not_compile=lambda: "")
     base = notebook["Levers"]("bf16", False, True, False, 8, ("bf16: asked for",))
-    levers = notebook["measure_levers"]({}, None, base, steps)
+    levers = notebook["measure_levers"]({}, base, steps)
     assert (levers.channels_last, levers.compiled) == on and levers.part == 8 and levers.precision == "bf16"
     assert [reason.split(":")[0] for reason in levers.reasons] == [
         *("bf16", "8 slices at a time", f"channels_last {'on' if on[0] else 'off'}"),
@@ -668,14 +674,14 @@ def test_levers_on_a_gpu_are_those_that_pay(steps, compiled, channels_last, on):
 def test_slices_at_a_time_are_as_many_as_fit():
     notebook = load_notebook()
 
-    def seconds(settings, levers, accelerator):
+    def seconds(settings, levers):
         if levers.part > 3 or levers.channels_last:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
         return 0.1, 0.0
 
     notebook.update(time_levers=seconds, why_not_compile=lambda: "no compiler")
     base = notebook["Levers"]("bf16", False, True, False, 8, ())
-    levers = notebook["measure_levers"]({}, None, base, 100)
+    levers = notebook["measure_levers"]({}, base, 100)
     assert (levers.part, levers.channels_last) == (3, False)
 
 

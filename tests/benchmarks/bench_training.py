@@ -5,11 +5,13 @@
     pip install timm                                                             # to have it in the table
 
 Prints training images/s (forward, backward and optimizer step on pictures that are on the device already),
-then images/s of the loader alone (read, decode, resize, augment). Ways run in turn, round by round, so that a
-change of the machine's speed meets them alike.
+then images/s of the loader alone (read, decode, resize, augment, transfer). Ways run in turn, round by round,
+so that a change of the machine's speed meets them alike.
 """
 
 import argparse
+import math
+import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +23,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
-from accelerate import Accelerator
 from efficientnet_pytorch import EfficientNet
 from torch.nn import functional as F
 
@@ -65,13 +66,12 @@ def notebook_step(args: argparse.Namespace, notebook: dict, device: torch.device
     given |= {"seed": 0, "threads": torch.get_num_threads(), "mixed_precision": "auto"}
     settings = notebook["resolve_settings"]("full", given, int(device.type == "cuda"))
     precision, why = notebook["choose_precision"]("auto", device)
-    accelerator = Accelerator(mixed_precision=precision)
     if device.type == "cuda":
         base = notebook["Levers"](precision, False, True, False, args.batch, (why,))
-        levers = notebook["measure_levers"](settings, accelerator, base, steps=10_000)
+        levers = notebook["measure_levers"](settings, base, steps=10_000)
     else:
-        levers = notebook["choose_levers"](SimpleNamespace(settings=settings), accelerator, precision, why)
-    trainer = notebook["Trainer"](settings, levers, accelerator, 0.1)
+        levers = notebook["choose_levers"](SimpleNamespace(settings=settings), device, precision, why)
+    trainer = notebook["Trainer"](settings, levers, 0.1)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
     return (lambda: notebook["train_step"](trainer, pictures, labels, 1e-6)), levers
@@ -127,27 +127,68 @@ def images_per_s(step: Callable, images: int, count: int, device: torch.device) 
     return images * count / (time.perf_counter() - began)
 
 
-def time_loader(args: argparse.Namespace, notebook: dict) -> dict[str, list[float]]:
-    """Return images/s of one loading process: streamed from 512 x 512 PNGs, and from memory."""
-    rng, settings = (
-        np.random.default_rng(0),
-        {**notebook["PROFILES"]["full"], "image_size": args.size, "workers": 0},
-    )
-    rates: dict[str, list[float]] = {"loader, PNGs, 1 worker": [], "loader, cached, 1 worker": []}
+def loader_settings(args: argparse.Namespace, notebook: dict, workers: int) -> dict:
+    """Return the settings that the notebook's loader needs."""
+    return {**notebook["PROFILES"]["full"], "image_size": args.size, "workers": workers}
+
+
+def write_pictures(folder: Path, count: int) -> list[str]:
+    """Write 512 x 512 PNGs of smooth noise, which compresses about as CT slices do; return their names."""
+    rng, names = np.random.default_rng(0), [f"{number}.png" for number in range(count)]
+    for name in names:
+        noise = cv2.GaussianBlur(rng.normal(128, 60, (512, 512)), (0, 0), 2)
+        cv2.imwrite(str(folder / name), np.clip((noise - 128) * 6 + 128, 0, 255).astype(np.uint8))
+    return names
+
+
+def time_stages(args: argparse.Namespace, notebook: dict, paths: list[Path], device: torch.device) -> dict:
+    """Return images/s of each stage of loading, in one process."""
+    rng, settings = np.random.default_rng(0), loader_settings(args, notebook, 0)
+    pictures = [notebook["read_png"](path, args.size) for path in paths]
+    batches = torch.from_numpy(np.stack(pictures)).split(args.batch)
+    batches = [batch.pin_memory() for batch in batches] if device.type == "cuda" else []
+
+    def transfer() -> None:
+        for batch in batches:
+            batch.to(device, non_blocking=True)
+        torch.cuda.synchronize()
+
+    stages = {
+        "read and decode": lambda: [notebook["read_png"](path, 512) for path in paths],
+        "the same and resize": lambda: [notebook["read_png"](path, args.size) for path in paths],
+        "augment": lambda: [notebook["augment"](picture, rng, settings) for picture in pictures],
+    } | ({"transfer to the device": transfer} if batches else {})
+    rates = {}
+    for name, stage in stages.items():
+        began = time.perf_counter()
+        stage()
+        rates[f"loader: {name}"] = len(paths) / (time.perf_counter() - began)
+    return rates
+
+
+def time_loader(args: argparse.Namespace, notebook: dict, device: torch.device) -> dict[str, list[float]]:
+    """Return images/s of the loader: stage by stage, and whole with no worker process and with several."""
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        images = [f"{number}.png" for number in range(64)]
-        for image in images:  # smooth noise compresses about as CT slices do
-            noise = cv2.GaussianBlur(rng.normal(128, 60, (512, 512)), (0, 0), 2)
-            cv2.imwrite(str(Path(folder) / image), np.clip((noise - 128) * 6 + 128, 0, 255).astype(np.uint8))
+        images = write_pictures(Path(folder), args.pictures)
+        ways = {"loader, PNGs, its own process": (0, False), "loader, cached, its own process": (0, True)}
+        if args.workers:
+            ways[f"loader, PNGs, {args.workers} workers"] = (args.workers, False)
         for _ in range(args.rounds):
-            for name, cached in zip(rates, (False, True), strict=True):
+            stages = time_stages(args, notebook, [Path(folder) / image for image in images], device)
+            for name, rate in stages.items():
+                rates.setdefault(name, []).append(rate)
+            for name, (workers, cached) in ways.items():
+                settings = loader_settings(args, notebook, workers)
                 pictures = notebook["Pictures"](Path(folder), images, settings, 0, cached)
-                loader = notebook["make_loader"](
-                    pictures, notebook["Batches"](np.arange(64), args.batch, 0), settings
-                )
+                batches = notebook["Batches"](np.arange(len(images)), args.batch, 0)
+                loader = notebook["make_loader"](pictures, batches, settings)
+                for _ in loader:  # the first epoch starts the workers
+                    pass
                 began = time.perf_counter()
-                count = sum(len(index) for _, index in loader)
-                rates[name].append(count / (time.perf_counter() - began))
+                count = sum(len(batch.to(device)) for batch, _ in loader)
+                rates.setdefault(name, []).append(count / (time.perf_counter() - began))
+                del loader
     return rates
 
 
@@ -162,18 +203,21 @@ def main() -> None:
     print(f"{name}, PyTorch {torch.__version__}, {args.model} at {args.size} px, batch {args.batch}")
     notebook = load_notebook()
     rates: dict[str, list[float]] = {}
-    ways = ways_to_train(args, notebook, device)
+    ways = {} if args.loader_only else ways_to_train(args, notebook, device)
     for _ in range(args.rounds):
         for way, make in ways.items():
             step = make()
             rates.setdefault(way, []).append(images_per_s(step, args.batch, args.steps, device))
             del step
-    rates |= time_loader(args, notebook)
-    base = statistics.median(rates["as it comes, fp32"])
+    rates |= time_loader(args, notebook, device)
+    base = statistics.median(rates["as it comes, fp32"]) if ways else math.nan
     print(f"{'images/s':34}{'median':>9}{'min':>9}{'max':>9}{'ratio':>8}")
     for way, values in rates.items():
         middle = statistics.median(values)
-        print(f"{way:34}{middle:9.1f}{min(values):9.1f}{max(values):9.1f}{middle / base:8.2f}")
+        print(
+            f"{way:34}{middle:9.1f}{min(values):9.1f}{max(values):9.1f}"
+            + ("" if math.isnan(base) else f"{middle / base:8.2f}")
+        )
 
 
 if __name__ == "__main__":
@@ -187,5 +231,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--loader-only", action="store_true", help="time no training, only the loader")
+    parser.add_argument(
+        "--pictures", type=int, default=256, help="that the loader loads (default: %(default)s)"
+    )
+    workers = min(os.cpu_count() or 1, 16)
+    parser.add_argument(
+        "--workers", type=int, default=workers, help="of the loader (default: all cores, here %(default)s)"
+    )
     args = parser.parse_args()
     main()
