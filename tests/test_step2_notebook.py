@@ -21,7 +21,6 @@ import torch
 from conftest import ROOT, load_notebook
 from efficientnet_pytorch import EfficientNet
 from sklearn.metrics import accuracy_score
-from statsmodels.stats.proportion import proportion_confint
 
 CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
 VARIANTS = ("0_Dicom2PNG", "1_ROI")
@@ -777,9 +776,3 @@ def test_worst_mistakes_are_wrong_sure_and_different_slices(notebook):
     ]
     worst = notebook["worst_mistakes"](pd.DataFrame(rows, columns=columns), 5)
     assert list(zip(worst["variant"], worst["image"], strict=True)) == [("a", "3"), ("a", "1")]
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 15), (15, 15)])
-def test_wilson_interval_agrees_with_statsmodels(notebook, right, count):
-    expected = proportion_confint(right, count, method="wilson")
-    assert notebook["wilson"](right, count) == pytest.approx(expected, abs=1e-6)

@@ -28,16 +28,26 @@ import Step1_Image_Preprocessing as step1  # noqa: E402 - from the folder above
 # ---------------------------------------- the limit: library calls that no design avoids
 
 
-def library_calls(paths: list[Path], out: Path) -> None:
-    """One read and decode, two CLAHE, two bilateral filters of the head's box, seven PNG encodes, a slice."""
-    equalise = cv2.createCLAHE(step1.CLAHE_CLIP, step1.CLAHE_TILES)
-    for path, images in zip(paths, PREPARED, strict=True):
-        pydicom.dcmread(path).pixel_array  # noqa: B018 - decodes
-        for source, box in images["clahe"]:
-            equalise.apply(source)
-            cv2.bilateralFilter(source[box], 20, 50, 50)
-        for image in images["written"]:
-            cv2.imencode(".png", image)
+def library_calls(in_strips: bool) -> Callable:
+    """Return a way: one read and decode, two CLAHE, two bilateral filters, seven PNG encodes, a slice.
+
+    The bilateral filter is of the head's box, or in strips as Step 1 has it.
+    """
+
+    def way(paths: list[Path], out: Path) -> None:
+        equalise = cv2.createCLAHE(step1.CLAHE_CLIP, step1.CLAHE_TILES)
+        for path, images in zip(paths, PREPARED, strict=True):
+            pydicom.dcmread(path).pixel_array  # noqa: B018 - decodes
+            for source, equalised, box in images["clahe"]:
+                equalise.apply(source)
+                if in_strips:
+                    step1.bilateral(equalised)
+                else:
+                    cv2.bilateralFilter(equalised.image[box], 20, 50, 50)
+            for image in images["written"]:
+                cv2.imencode(".png", image)
+
+    return way
 
 
 PREPARED: list[dict] = []
@@ -51,13 +61,14 @@ def prepare(paths: list[Path]) -> None:
         ct = step1.CTSlice(hu, step1.dicom2png(hu, ds)[0], np.ones(hu.shape, bool), (0, 0, *hu.shape[::-1]))
         after = step1.step_runner(ct, step1.BRAIN_WINDOW)
         sources = [after(("roi",)), after(("roi", "noblank"))]
-        boxes = []
+        filtered = []
         for source in sources:
             x, y, w, h = cv2.boundingRect(source.mask.astype(np.uint8))
-            boxes.append(np.s_[max(y - 10, 0) : y + h + 10, max(x - 10, 0) : x + w + 10])
+            box = np.s_[max(y - 10, 0) : y + h + 10, max(x - 10, 0) : x + w + 10]
+            filtered += [(source.image, step1.clahe(source), box)] if w else []
         PREPARED.append(
             {
-                "clahe": [(s.image, box) for s, box in zip(sources, boxes, strict=True) if s.mask.any()],
+                "clahe": filtered,
                 "written": [after(steps).image for steps in step1.VARIANTS.values()],
             }
         )
@@ -217,7 +228,8 @@ def main() -> None:
     paths = (found * (ARGS.slices // max(len(found), 1) + 1))[: ARGS.slices]
     prepare(paths)
     ways = {
-        "library calls": library_calls,
+        "library calls": library_calls(in_strips=False),
+        "library calls, bilateral in strips": library_calls(in_strips=True),
         "seven variants, one process": one_process(tuple(step1.VARIANTS)),
         "whole program, 1 job": whole_program(1),
         "whole program, 2 jobs": whole_program(2),
