@@ -142,7 +142,6 @@ FAILED_SHOWN = 50  # lines at the end; the manifest has them all
 # RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 getLogger("pydicom").addHandler(NullHandler())  # its warnings go to the manifest instead
-cv2.ocl.setUseOpenCL(False)  # a GPU's bilateral filter would round otherwise
 
 
 class UnsuitableFile(Exception):
@@ -641,11 +640,22 @@ def clahe(ct: CTSlice) -> CTSlice:
     return replace(ct, image=grey * ct.mask)
 
 
+def plain_opencv() -> None:
+    """Keep OpenCV, in this thread, to its own code, so that pixels don't depend on the machine.
+
+    A GPU (OpenCL) rounds otherwise, and Intel's IPP, which picks its code by the processor, lets a pixel in
+    some 200,000 depend on where its strip begins. One thread, as the processes are the parallelism.
+    """
+    cv2.setNumThreads(1)
+    cv2.ocl.setUseOpenCL(False)
+    cv2.ipp.setUseIPP(False)
+
+
 def bilateral(ct: CTSlice) -> CTSlice:
     """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered.
 
     Strip by strip, each as wide as the head is there. The strips are parts of one cv2.UMat, so the filter
-    sees the pixels beyond their edges, and the result is that of the whole picture.
+    sees the pixels beyond their edges, and the result is that of the whole picture (see plain_opencv).
     """
     whole, image, mask = cv2.UMat(ct.image), np.zeros_like(ct.image), ct.mask.astype(np.uint8)
     for top in range(0, len(mask), BILATERAL_STRIP):
@@ -779,7 +789,7 @@ def guarded():
 
 def process(task: Task, settings: Settings) -> dict:
     """Return the manifest fields of one file; a file that can't be used is a row with its reason."""
-    cv2.setNumThreads(1)  # the processes are the parallelism
+    plain_opencv()
     with warnings.catch_warnings(record=True) as caught, guarded():
         warnings.simplefilter("always")
         try:

@@ -391,12 +391,25 @@ def test_bilateral_follows_the_papers_formula():
 
 @pytest.mark.parametrize("steps", [("roi",), ("roi", "noblank")], ids=["within the image", "to its edges"])
 def test_bilateral_of_the_heads_strips_equals_that_of_the_whole_picture(steps):
+    step1.plain_opencv()
     rng = np.random.default_rng(0)
     hu = plain_head(256) + rng.integers(-20, 20, (256, 256)).astype(np.int16)
     before, after = run_steps(hu, *steps), run_steps(hu, *steps, "bilateral")
     whole = cv2.bilateralFilter(before.image, 20, 50, 50)
     assert not np.array_equal(whole, before.image)
     assert np.array_equal(after.image, np.where(before.mask, whole, 0))
+
+
+def test_bilateral_in_strips_equals_that_of_the_whole_picture_for_any_mask():
+    step1.plain_opencv()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        rows, columns = rng.integers(1, 100, 2)
+        image = rng.integers(0, 256, (rows, columns)).astype(np.uint8)
+        mask = rng.random((rows, columns)) < rng.choice([0, 0.01, 0.5, 1])
+        ct = step1.CTSlice(image.astype(np.float32), image, mask, (0, 0, columns, rows))
+        whole = cv2.bilateralFilter(image, 20, 50, 50)
+        assert np.array_equal(step1.bilateral(ct).image, np.where(mask, whole, 0))
 
 
 @pytest.mark.parametrize("value", [-1000, 0, 40, 3000])

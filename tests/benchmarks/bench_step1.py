@@ -223,7 +223,7 @@ RATIOS = (
 
 def main() -> None:
     """Run all ways on the same files and print the table."""
-    cv2.setNumThreads(1)
+    step1.plain_opencv()
     found = sorted(p for p in ARGS.dicoms.rglob("*") if p.suffix == ".dcm")
     paths = (found * (ARGS.slices // max(len(found), 1) + 1))[: ARGS.slices]
     prepare(paths)
