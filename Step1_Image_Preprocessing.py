@@ -37,7 +37,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import chain
 from logging import NullHandler, getLogger
 from multiprocessing import resource_tracker
@@ -454,10 +454,17 @@ def apply_window(hu: np.ndarray, window: tuple[float, float], function: str) -> 
         return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
 
 
-@lru_cache(maxsize=64)  # windows; a whole archive has few
+GREY_TABLES: dict = {}  # of the windows seen so far; no lru_cache, as --dask could not send one
+
+
 def grey_table(window: tuple[float, float], function: str) -> np.ndarray:
     """Return the grey of 0, 1, ... 32767, -32768, ... -1 HU, uint8 (65536,): the order of 16-bit patterns."""
-    return apply_window(np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float32), window, function)
+    if (window, function) not in GREY_TABLES:
+        if len(GREY_TABLES) >= 64:  # windows; a whole archive has few
+            GREY_TABLES.clear()
+        every = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float32)
+        GREY_TABLES[window, function] = apply_window(every, window, function)
+    return GREY_TABLES[window, function]
 
 
 def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
@@ -722,13 +729,17 @@ def pseudonym(patient_id: object, key: bytes) -> str:
 def write_atomically(path: Path, data: bytes, output: Path) -> None:
     """Write a file so that it is there whole or not at all, whenever the process ends."""
     temporary = output / ".tmp" / secrets.token_hex(8)
-    try:
+
+    def write() -> None:
         temporary.write_bytes(data)
-        try:
-            temporary.replace(path)
-        except FileNotFoundError:  # the first file of its folder
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(path)
+        temporary.replace(path)
+
+    try:
+        write()
+    except FileNotFoundError:  # the first file of its folder
+        for folder in (temporary.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        write()
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -790,6 +801,7 @@ def guarded():
 def process(task: Task, settings: Settings) -> dict:
     """Return the manifest fields of one file; a file that can't be used is a row with its reason."""
     plain_opencv()
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # as Dask sends functions only
     with warnings.catch_warnings(record=True) as caught, guarded():
         warnings.simplefilter("always")
         try:
@@ -995,12 +1007,21 @@ def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[s
 
 
 def fingerprint(path: Path, identity: str) -> str:
-    """Return a hash of what a file's PNGs depend on: its size and time, and the run's identity."""
+    """Return a hash of what a file's PNGs depend on: its size and times, and the run's identity.
+
+    The second time, of the last change of status, tells on Linux and macOS that another file was moved here.
+    """
     try:
         stat = path.stat()
     except OSError:  # the worker will say what is wrong with it
         return ""
-    return hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {identity}".encode()).hexdigest()[:16]
+    text = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {identity}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def knows_head(row: sqlite3.Row, steps: tuple[str, ...]) -> bool:
+    """Tell whether a row has what these steps find out; a run killed after the PNGs left it without."""
+    return "roi" not in steps or bool(row["blank"] and (row["crop"] or "noblank" not in steps))
 
 
 def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> None:
@@ -1013,7 +1034,8 @@ def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) ->
         due = fingerprint(Path(row["path"]), identity)
         same = row["status"] == "ok" and row["fingerprint"] == due
         exists = {v for v in VARIANTS if (args.output / v / row["image"]).exists()}
-        wanted = {v for v in args.variants if args.force or not same or v not in exists}
+        lacks = {v for v, steps in VARIANTS.items() if not knows_head(row, steps)}
+        wanted = {v for v in args.variants if args.force or not same or v not in exists or v in lacks}
         todo = " ".join(v for v in VARIANTS if v in wanted or (v in exists and not same))
         ledger.execute("UPDATE files SET due = ?, todo = ? WHERE source = ?", (due, todo, row["source"]))
 
@@ -1245,7 +1267,7 @@ def interrupts_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class LastingLocks(SpawnContext):
+class SpawnWithLastingLocks(SpawnContext):
     """Starts processes by spawn; its locks last as long as itself.
 
     The pool drops them before it ends its processes, and one that just starts would miss them loudly.
@@ -1269,7 +1291,7 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
     tasks, waiting = iter(tasks), {}
     for start in range(POOL_STARTS):
         again, waiting = tuple(waiting.values()), {}
-        context = LastingLocks()
+        context = SpawnWithLastingLocks()
         pool = ProcessPool(jobs, initializer=ignore_interrupts, context=context)
 
         def submit(task: Task, pool: ProcessPool = pool) -> Future:
@@ -1383,7 +1405,8 @@ def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.N
 def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
     """Write preview.png: a slice of each class (a row) in each variant that it has on disk (a column).
 
-    A class shows its slice with the most soft tissue, of the training data where it has any.
+    A class shows its slice with the most soft tissue, of the training data where it has any; its first slice
+    where no head was looked for.
     """
     tile, left, top, font = 200, 150, 44, cv2.FONT_HERSHEY_SIMPLEX  # px
     best = (

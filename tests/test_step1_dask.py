@@ -20,16 +20,16 @@ pytestmark = pytest.mark.processes
 WORKER = ["distributed.cli.dask_worker", "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
 
 
-def spawn(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 @pytest.fixture
-def cluster():
-    """Yield a scheduler's address and the processes of its two workers."""
+def cluster(request, tmp_path):
+    """Yield a scheduler's address and the processes of its two workers (elsewhere: can't import Step 1)."""
     from distributed import Client
+
+    folder = tmp_path if getattr(request, "param", "") == "elsewhere" else None
+
+    def spawn(*arguments):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, "-m", *arguments], cwd=folder, **quiet)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,6 +70,15 @@ def test_same_bytes_as_locally(cluster, raw):
     assert status == 1  # bad.dcm
     assert len(pngs) == 40 * 7 + 1
     assert (status, pngs) == run(raw, "local", "--jobs", "2")
+
+
+@pytest.mark.parametrize("cluster", ["elsewhere"], indirect=True)
+def test_the_script_as_users_start_it(cluster, raw):
+    out = raw.parent / "out"
+    command = [sys.executable, step1.__file__, "--raw-data", str(raw), "--output", str(out)]
+    done = subprocess.run([*command, "--dask", cluster[0]], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr  # bad.dcm
+    assert len(list(out.rglob("*.png"))) == 40 * 7 + 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

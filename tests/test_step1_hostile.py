@@ -37,7 +37,6 @@ ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless
 
 def convert(path, tmp_path):
     """Return the manifest fields of one file, as a worker makes them."""
-    (tmp_path / "out" / ".tmp").mkdir(parents=True, exist_ok=True)
     task = step1.Task(path.name, path, "x.png", tuple(step1.VARIANTS))
     return step1.process(task, step1.Settings(tmp_path / "out", (40.0, 80.0), b"k" * 32))
 

@@ -76,7 +76,6 @@ def samples():
 def test_shipped_pictures_are_what_step_1_makes_of_the_shipped_phantoms(variant, tmp_path):
     """A grey level of difference is left to other processors and OpenCV versions."""
     assert len(samples()) == 20
-    (tmp_path / ".tmp").mkdir()
     for dicom in samples()[::4]:
         task = step1.Task("x", ROOT / "raw_data" / dicom, "x.png", (variant,))
         row = step1.process(task, step1.Settings(tmp_path, step1.BRAIN_WINDOW, b"k"))

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,32 @@ def test_the_heads_columns_come_with_the_variants_that_need_it(raw):
     assert "" not in complete
     run(raw, "--variants", "0", "--force")  # nothing changed, so the rest stays known
     assert head_columns() == complete
+
+
+def test_head_columns_that_a_killed_run_left_empty_are_filled_by_the_next(raw):
+    run(raw)
+    complete = (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8")
+    ledger = sqlite3.connect(raw.parent / "out" / ".ledger.sqlite3")
+    ledger.execute("UPDATE files SET blank = '', head_fraction = '', bone_fraction = '', crop = ''")
+    ledger.commit()
+    ledger.close()
+    run(raw, "--variants", "0")
+    assert manifest(raw)["TrainingData/epidural/b.dcm"]["blank"] == ""
+    run(raw)
+    assert (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8") == complete
+
+
+def test_another_file_moved_to_the_same_name_is_noticed(raw):
+    folder = raw / "TrainingData" / "healthy"
+    for name, brain in (("d", 40), ("e", 60)):
+        save_ct(folder / f"{name}.dcm", plain_head(brain_hu=brain), PatientID=name)
+        os.utime(folder / f"{name}.dcm", (10**9, 10**9))
+    run(raw)
+    before = manifest(raw)
+    (folder / "e.dcm").replace(folder / "d.dcm")
+    run(raw)
+    after = manifest(raw)["TrainingData/healthy/d.dcm"]
+    assert after["patient"] == before["TrainingData/healthy/e.dcm"]["patient"]
 
 
 def test_a_file_that_changed_keeps_nothing_of_its_row(raw):

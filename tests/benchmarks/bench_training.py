@@ -211,7 +211,7 @@ def main() -> None:
             del step
     rates |= time_loader(args, notebook, device)
     base = statistics.median(rates["as it comes, fp32"]) if ways else math.nan
-    print(f"{'images/s':34}{'median':>9}{'min':>9}{'max':>9}{'ratio':>8}")
+    print(f"{'images/s':34}{'median':>9}{'min':>9}{'max':>9}" + ("" if math.isnan(base) else f"{'ratio':>8}"))
     for way, values in rates.items():
         middle = statistics.median(values)
         print(
