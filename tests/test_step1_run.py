@@ -7,10 +7,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 from conftest import make_ct, plain_head, save_ct
 
@@ -168,6 +170,21 @@ def test_a_file_that_changed_keeps_nothing_of_its_row(raw):
         shutil.rmtree(raw.parent / "out" / variant, ignore_errors=True)
     run(raw, "--variants", "0")
     assert manifest(raw)["TrainingData/epidural/b.dcm"]["crop"] == ""
+
+
+def test_libraries_are_set_up_in_whatever_thread_converts(raw, monkeypatch):
+    """OpenCV's switches are a thread's own, and Dask's workers never run the top of the script."""
+    monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.WARN)
+    task = step1.Task("b", raw / "TrainingData" / "epidural" / "b.dcm", "b.png", ("0_Dicom2PNG",))
+
+    def work():
+        cv2.ipp.setUseIPP(True)
+        cv2.ocl.setUseOpenCL(True)
+        assert step1.process(task, step1.Settings(raw.parent / "o", None, b"k"))["status"] == "ok"
+        return cv2.ipp.useIPP(), cv2.ocl.useOpenCL(), pydicom.config.settings.reading_validation_mode
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == (False, False, pydicom.config.IGNORE)
 
 
 def test_missing_window_is_noted_in_the_manifest(raw):
