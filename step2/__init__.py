@@ -1,0 +1,24 @@
+"""What the cells of Step2_EfficientNet_Model.ipynb call: EfficientNet trained on each variant, and compared.
+
+The rooms in reading order; each imports only from those above it:
+
+    variants     the variants of Step 1's table, and which pairs of them differ by one step
+    settings     every parameter with its limits, and the two profiles
+    files        files that are whole or not there, and the results folder, which one notebook uses at a time
+    slices       Step 1's manifest: which slices there are, of which class and patient
+    pictures     PNGs, augmentation, batches
+    folds        which patients are held out together
+    network      EfficientNet, its initial weights, its learning rate
+    training     one training step, one epoch, one run from its first epoch to its last
+    speed        precision, memory layout and compilation: measured on a GPU, fixed on a CPU
+    runs         all runs of a comparison: their folders, what they leave behind, the tables made of them
+    engine       who trains them: this process, a Dask cluster on this machine, or one elsewhere
+    bootstrap    draws of whole patients, and the intervals that follow
+    metrics      accuracy, sensitivity, AUC, calibration, from the held-out predictions
+    statistics   paired differences between variants, with intervals, p values and verdicts
+    costs        what a variant costs: milliseconds, minutes, kilobytes
+    report       where tables and figures go, and the line that says what made them
+    figures      every figure
+    explain      Grad-CAM
+    summary      the answer in words
+"""

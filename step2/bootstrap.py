@@ -1,0 +1,64 @@
+"""The patient-cluster bootstrap: draws of whole patients, standard errors and intervals.
+
+The unit is the patient, not the slice: slices of one head share its bleed, its scanner and its noise, so a
+method that counts them as independent promises too narrow intervals (Field and Welsh 2007). A draw takes as
+many patients as there are, with replacement, each with all of its slices and all variants together, so that
+the pairing survives. It is a row of counts, and a metric of 10,000 draws is a matrix product.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+ALPHA = 0.05  # two-sided; intervals are 95 %
+POWER = 0.80
+DRAW_BLOCK = 250  # draws in memory at once
+MIN_PATIENTS = (
+    10  # below, the 95 % intervals held 89 % at 5 patients and 74 % at 3 in simulation: none is given
+)
+
+
+def patient_ids(predictions: pd.DataFrame) -> pd.Series:
+    """Return the patient of each row, str; an image without a patient id is a patient of its own."""
+    patient = predictions["patient"].astype("string").str.strip().fillna("")
+    return patient.where(patient != "", "image " + predictions["image"].astype("string")).astype(str)
+
+
+def sum_by_patient(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return the sums of values (images, ...) over each patient's images, float (patients, ...).
+
+    codes: int (images,), the patient's number, 0 and up.
+    """
+    sums = np.zeros((codes.max() + 1, *values.shape[1:]))
+    np.add.at(sums, codes, values)
+    return sums
+
+
+def bootstrap_weights(n_patients: int, n_draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield blocks of how often each patient is drawn, float (up to DRAW_BLOCK draws, patients)."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, n_draws, DRAW_BLOCK):
+        draws = min(DRAW_BLOCK, n_draws - start)
+        drawn = rng.integers(n_patients, size=(draws, n_patients)) + n_patients * np.arange(draws)[:, None]
+        yield (
+            np.bincount(drawn.ravel(), minlength=draws * n_patients).reshape(draws, n_patients).astype(float)
+        )
+
+
+def standard_error(draws: np.ndarray, n_patients: int) -> float:
+    """Return the bootstrap standard error, times sqrt(n / (n - 1)) for few patients (Hesterberg 2015)."""
+    if n_patients < MIN_PATIENTS or np.isnan(draws).mean() > ALPHA:
+        return np.nan
+    spread = np.nanstd(draws, ddof=1)
+    return spread * np.sqrt(n_patients / (n_patients - 1)) if spread > 1e-9 else np.nan
+
+
+def t_interval(value: float, error: float, n_patients: int) -> tuple[float, float]:
+    """Return the 95 % interval value +- t * standard error, t with n_patients - 1 degrees of freedom.
+
+    In simulations with 10 to 1,000 patients it covered 94-96 %, the percentile interval as little as 86 %.
+    """
+    half = stats.t.ppf(1 - ALPHA / 2, max(n_patients - 1, 1)) * error
+    return value - half, value + half

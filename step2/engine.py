@@ -1,0 +1,264 @@
+"""Who trains the runs: this process, a Dask cluster on this machine, or one that is there already.
+
+Dask (dask.distributed) hands each run to a worker process, and to another one if that dies. Runs are the same
+wherever they are trained, byte for byte, as long as the processor is.
+"""
+
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import cv2
+import dask
+from distributed import Client, Future, Nanny, Scheduler, SpecCluster, get_worker
+from distributed.scheduler import KilledWorker
+from tqdm.auto import tqdm
+
+from step2.files import write_atomically
+from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
+from step2.settings import is_watched
+from step2.speed import step_seconds
+from step2.variants import require
+
+TOPIC = "step2-progress"
+PATIENCE_S = 40  # without any worker, or without the scheduler, before giving up
+LINE_EVERY_S = 60  # of progress, where nobody watches
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Stopped(Exception):
+    """The scheduler has withdrawn this run: the notebook was interrupted, or is gone."""
+
+
+def train_all(comparison: Comparison) -> None:
+    """Train every run that isn't complete, and print how it goes; what a kill left behind is used.
+
+    RuntimeError, with what to do, where workers die or can't be reached.
+    """
+    for line in remove_damaged(comparison):
+        print(line)
+    waiting = [run for run in comparison.runs if not is_complete(comparison, run)]
+    print(f"{len(comparison.runs)} runs, {len(waiting)} of them to train", flush=True)
+    if not waiting:
+        return
+    settings, progress = comparison.settings, Progress(comparison, len(comparison.runs) - len(waiting))
+    try:
+        if settings.cluster:
+            with clients_of(settings.cluster) as client:
+                train_on(client, comparison, waiting, progress)
+        elif settings.processes == 1:
+            train_here(comparison, waiting, progress)
+        else:
+            with local_cluster(comparison, len(waiting)) as client:
+                train_on(client, comparison, waiting, progress)
+    finally:
+        progress.close()
+
+
+def expected_minutes(comparison: Comparison) -> float:
+    """Return how long all runs would take, in minutes, from the time of a training step on this machine."""
+    settings, (train, held_out) = comparison.settings, comparison.split(comparison.runs[0])
+    run = comparison.steps * step_seconds(settings) * (1 + len(held_out) / len(train) / 3)
+    return len(comparison.runs) * run / settings.processes / 60
+
+
+def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress") -> None:
+    """Train in this process, one run after the other."""
+    cv2.setNumThreads(0)
+    for run in waiting:
+        done = complete_run(comparison, run, lambda epochs, run=run: progress.tell(str(run), epochs))
+        progress.finish(run, done)
+
+
+# ---------------------------------------- Dask
+
+
+def train_on_worker(comparison: Comparison, run: Run) -> dict[str, Any]:
+    """Train a run in a Dask worker, and tell the notebook how far it is twice a second."""
+    same = comparison.code == code_digest()
+    require(same, "this worker has another version of step2/: start the workers again")
+    cv2.setNumThreads(0)
+    worker, told = get_worker(), 0.0
+    key = worker.get_current_task()
+
+    def tell(epochs: float) -> None:
+        nonlocal told
+        task = worker.state.tasks.get(key)
+        if task is None or task.state != "executing":
+            raise Stopped(f"{run} was withdrawn")
+        if time.monotonic() - told > 0.5:
+            told = time.monotonic()
+            worker.log_event(TOPIC, {"run": str(run), "epochs": epochs})
+
+    return complete_run(comparison, run, tell)
+
+
+@contextmanager
+def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
+    """Start workers on this machine, one thread and one GPU each, that listen to this machine alone."""
+    settings = comparison.settings
+    options = {
+        "distributed.worker.daemon": False,  # daemons could not start processes that load pictures
+        "distributed.comm.timeouts.connect": "10s",
+        "distributed.nanny.pre-spawn-environ": {},  # its malloc settings double the time of a step on a CPU
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.system-monitor.gil.enabled": False,
+    }
+    count = min(settings.processes, runs)
+    workers = {}
+    for number in range(count):
+        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), settings.threads)
+        env |= {"CUDA_VISIBLE_DEVICES": number} if settings.gpus else {}
+        how = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard": False}
+        env = {name: str(value) for name, value in env.items()}
+        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": 40}}
+    shown = find_spec("bokeh") is not None
+    listen = {"host": "127.0.0.1", "dashboard": shown, "dashboard_address": "127.0.0.1:0"}
+    with (
+        dask.config.set(options),
+        tempfile.TemporaryDirectory(prefix="step2-") as folder,
+        dask.config.set({"temporary-directory": folder}),
+        SpecCluster(workers, scheduler={"cls": Scheduler, "options": listen}, silence_logs=40) as cluster,
+        Client(cluster) as client,
+    ):
+        if shown:
+            print(f"Dask's dashboard: {client.dashboard_link}", flush=True)
+        yield client
+
+
+@contextmanager
+def clients_of(address: str) -> Iterator[Client]:
+    """Connect to a scheduler that is there, and send its workers this code."""
+    try:
+        client = Client(address, timeout="20s", set_as_default=False)
+    except (OSError, ValueError) as err:
+        advice = "start dask scheduler and its workers, or leave the parameter cluster out"
+        raise RuntimeError(f"no Dask scheduler at {address} ({err}): {advice}") from err
+    with client, tempfile.TemporaryDirectory() as folder:
+        workers = wait_for_workers(client)
+        threads = max(worker["nthreads"] for worker in workers.values())
+        one = "dask worker ADDRESS --nthreads 1 --nworkers N"
+        require(threads == 1, f"a worker with {threads} threads would train as many runs at once: {one}")
+        client.upload_file(str(zip_code(Path(folder))), load=False)
+        print(f"{len(workers)} Dask workers, dashboard: {client.dashboard_link}", flush=True)
+        yield client
+
+
+def zip_code(folder: Path) -> Path:
+    """Write this project's modules to a zip that Python can import from, and return its path."""
+    path = folder / f"step2-{code_digest()[:10]}.zip"
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for module in [ROOT / "Step1_Image_Preprocessing.py", *sorted((ROOT / "step2").glob("*.py"))]:
+                archive.write(module, module.relative_to(ROOT))
+
+    write_atomically(path, write)
+    return path
+
+
+def wait_for_workers(client: Client) -> dict[str, Any]:
+    """Return the workers as soon as there is one; RuntimeError if none comes."""
+    ends = time.monotonic() + PATIENCE_S
+    while not (workers := client.scheduler_info(n_workers=-1)["workers"]):
+        if time.monotonic() > ends:
+            raise RuntimeError(
+                f"the Dask scheduler has had no worker for {PATIENCE_S} s: start some, run again"
+            )
+        time.sleep(0.5)
+    return workers
+
+
+def train_on(client: Client, comparison: Comparison, waiting: list[Run], progress: "Progress") -> None:
+    """Have all runs trained by Dask's workers; the first error ends the rest."""
+    client.subscribe_topic(TOPIC, lambda event: progress.note(event[1]["run"], event[1]["epochs"]))
+    order = {"pure": False, "retries": 0}
+    futures = {client.submit(train_on_worker, comparison, run, **order): run for run in waiting}
+    seen = time.monotonic()
+    try:
+        while futures:
+            for future in [future for future in futures if future.done()]:
+                progress.finish(futures[future], result_of(future, futures[future]))
+                del futures[future]
+            if client.status == "running" and client.scheduler_info(n_workers=-1)["workers"]:
+                seen = time.monotonic()
+            if time.monotonic() - seen > PATIENCE_S:
+                lost = "all Dask workers are gone" if client.status == "running" else "the scheduler is gone"
+                advice = "start them again, and run again: at most an epoch of each run is lost"
+                raise RuntimeError(f"{lost} for {PATIENCE_S} s: {advice}")
+            progress.show()
+            time.sleep(0.2)
+    finally:
+        client.unsubscribe_topic(TOPIC)
+        if futures and client.status == "running":
+            client.cancel(list(futures), force=True)
+
+
+def result_of(future: Future, run: Run) -> dict[str, Any]:
+    """Return what a run noted; RuntimeError, with what to do, where its workers were killed."""
+    if future.status == "cancelled":
+        advice = "start it again, and run again: at most an epoch of each run is lost"
+        raise RuntimeError(f"the Dask scheduler is gone: {advice}")
+    try:
+        return future.result()
+    except KilledWorker as err:
+        advice = "most often for want of memory: lower processes, batch_size or image_size, and run again"
+        raise RuntimeError(
+            f"{run}: the system killed its worker {err.allowed_failures + 1} times, {advice}"
+        ) from err
+
+
+# ---------------------------------------- progress
+
+
+class Progress:
+    """How far the whole comparison is, in epochs: a bar where somebody watches, else a line now and then."""
+
+    def __init__(self, comparison: Comparison, finished: int):
+        self.epochs, self.began = comparison.settings.epochs, time.monotonic()
+        self.at_work: dict[str, float] = {}
+        self.runs, self.finished = len(comparison.runs), finished
+        self.done_before, self.drawn = self.epochs * finished, time.monotonic()
+        self.watched = is_watched()
+        total = self.epochs * self.runs
+        self.bar = tqdm(total=total, initial=self.done_before, unit="epoch", disable=not self.watched)
+
+    def note(self, run: str, epochs: float) -> None:
+        """Keep how many epochs of a run are done."""
+        self.at_work[run] = epochs
+
+    def tell(self, run: str, epochs: float) -> None:
+        """Keep it, and show it from time to time."""
+        self.note(run, epochs)
+        self.show()
+
+    def finish(self, run: Run, done: dict[str, Any]) -> None:
+        """Count a finished run and say so in a line."""
+        self.at_work.pop(str(run), None)
+        self.finished += 1
+        line = f"{run}  held-out accuracy {done['accuracy']:.3f}, {done['seconds']:.0f} s"
+        tqdm.write(f"{line}  ({self.finished} of {self.runs})")
+
+    def show(self) -> None:
+        """Draw the bar, or print a line if the last one is old."""
+        now, epochs = time.monotonic(), self.epochs * self.finished + sum(list(self.at_work.values()))
+        if now - self.drawn < (0.5 if self.watched else LINE_EVERY_S):
+            return
+        self.drawn = now
+        if self.watched:
+            self.bar.n = round(epochs, 1)
+            self.bar.refresh()
+            return
+        total, here = self.epochs * self.runs, epochs - self.done_before
+        left = (total - epochs) * (now - self.began) / max(here, 1e-9) / 60
+        print(f"{epochs:.0f} of {total} epochs, about {left:.0f} minutes left", flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it ended."""
+        self.bar.n = self.epochs * self.finished
+        self.bar.close()

@@ -1,0 +1,153 @@
+"""PNGs, augmentation and batches: what a network is fed with. A run's numbers depend on this file."""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from step2.settings import Recipe, Settings
+from step2.variants import require
+
+Key = tuple[int | None, int]  # epoch, None: not augmented; number of the slice
+
+
+def png_is_whole(content: bytes) -> bool:
+    """Tell whether a PNG has all its chunks with their right check sums (PNG specification, 5.3)."""
+    position, kind = 8, b""
+    while content[:8] == b"\x89PNG\r\n\x1a\n" and position + 12 <= len(content):
+        length = int.from_bytes(content[position : position + 4])
+        kind, end = content[position + 4 : position + 8], position + 8 + length
+        if zlib.crc32(content[position + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            return False
+        position = end + 4
+    return kind == b"IEND"
+
+
+def read_content(path: Path) -> bytes:
+    """Return a PNG's bytes; ValueError with the remedy where it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
+    wrong = "damaged: delete it, and" if content else "missing or empty:"
+    require(png_is_whole(content), f"{path} is {wrong} run Step1_Image_Preprocessing.py to make it again")
+    return content
+
+
+def read_png(path: Path, size: int) -> np.ndarray:
+    """Return a picture, uint8 (size, size), padded with black to a square before it is resized."""
+    picture = cv2.imdecode(np.frombuffer(read_content(path), np.uint8), cv2.IMREAD_GRAYSCALE)
+    require(picture is not None, f"{path} can't be decoded: delete it and run Step1_Image_Preprocessing.py")
+    down, right = (max(picture.shape) - length for length in picture.shape)
+    edges = (down // 2, down - down // 2, right // 2, right - right // 2)
+    picture = cv2.copyMakeBorder(picture, *edges, cv2.BORDER_CONSTANT, value=0)
+    way = cv2.INTER_AREA if len(picture) > size else cv2.INTER_LINEAR
+    return picture if len(picture) == size else cv2.resize(picture, (size, size), interpolation=way)
+
+
+def pictures_digest(folder: Path, images: Sequence[str]) -> str:
+    """Return a hash of the pictures' names and bytes, so that a changed or renamed one is noticed."""
+
+    def digest(image: str) -> bytes:
+        return hashlib.sha256(image.encode() + b"\0" + read_content(folder / image)).digest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, images))).hexdigest()
+
+
+def augment(picture: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
+    """Return the picture, uint8, turned, shifted, zoomed and flipped by chance; gaps are black."""
+    rows, columns = picture.shape
+    angle = rng.uniform(-1, 1) * recipe.rotation
+    zoom = 1 + rng.uniform(-1, 1) * recipe.zoom
+    shift = rng.uniform(-1, 1, 2) * recipe.shift
+    left_right, up_down = rng.random(2) < 0.5
+    matrix = cv2.getRotationMatrix2D(((columns - 1) / 2, (rows - 1) / 2), angle, zoom)
+    matrix[:, 2] += shift
+    picture = cv2.warpAffine(picture, matrix, (columns, rows), flags=cv2.INTER_LINEAR, borderValue=0)
+    if left_right and "h" in recipe.flips:
+        picture = picture[:, ::-1]
+    if up_down and "v" in recipe.flips:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
+
+
+class Pictures(Dataset):
+    """The slices of one variant; the item (epoch, index) is a picture, uint8 (1, size, size), and its index.
+
+    It is augmented unless the epoch is None. Chance follows from (seed, epoch, index), so a slice is turned
+    and shifted alike in every variant, whatever process loads it.
+    """
+
+    def __init__(
+        self, folder: Path, images: Sequence[str], recipe: Recipe, seed: int = 0, cached: bool = False
+    ):
+        self.paths, self.recipe, self.seed = [folder / image for image in images], recipe, seed
+        size = recipe.image_size
+        self.cache = np.stack([read_png(path, size) for path in self.paths]) if cached else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        size = self.recipe.image_size
+        picture = read_png(self.paths[index], size) if self.cache is None else self.cache[index]
+        if epoch is not None:
+            picture = augment(picture, np.random.default_rng([self.seed, epoch, index]), self.recipe)
+        return torch.from_numpy(picture)[None], index
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Return the number of batches; of 20 or more, an incomplete last one is dropped: one shape is faster."""
+    return count // batch_size if count >= 20 * batch_size else math.ceil(count / batch_size)
+
+
+class Batches:
+    """The batches of an epoch, lists of (epoch, index): shuffled by (seed, epoch), of even sizes."""
+
+    def __init__(self, positions: np.ndarray, batch_size: int, seed: int):
+        self.positions, self.batch_size, self.seed, self.epoch = positions, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return steps_per_epoch(len(self.positions), self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.positions)
+        for part in np.array_split(order[: len(self) * self.batch_size], len(self)):
+            yield [(self.epoch, int(index)) for index in part]
+
+
+def in_order(positions: np.ndarray, batch_size: int) -> list[list[Key]]:
+    """Return batches of (None, index): in order, not augmented."""
+    items: list[Key] = [(None, int(index)) for index in positions]
+    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+
+def one_thread(_worker: int) -> None:
+    """Keep OpenCV from starting threads in a loader's process."""
+    cv2.setNumThreads(0)
+
+
+def make_loader(pictures: Pictures, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
+    """Return a loader of (pictures, uint8 (n, 1, size, size); indices, int (n,))."""
+    how: dict[str, Any] = {"generator": torch.Generator()}  # else loading would draw from the training's
+    if workers:
+        how |= {"num_workers": workers, "worker_init_fn": one_thread, "persistent_workers": True}
+        how["multiprocessing_context"] = "spawn"  # the same on Linux, macOS and Windows, safe beside threads
+    return DataLoader(pictures, batch_sampler=batches, pin_memory=torch.cuda.is_available(), **how)  # type: ignore[arg-type]
+
+
+def fits_in_memory(settings: Settings, count: int) -> bool:
+    """Tell whether a variant's pictures are kept in memory: in each process they take 1 byte a pixel."""
+    share = psutil.virtual_memory().available // (4 * settings.processes)
+    return count * settings.image_size**2 <= share

@@ -1,0 +1,103 @@
+"""Where tables and figures go, and the line under every title that says what made them.
+
+A quick result is never mistaken for a B7 result: that line names profile, network, data and initial weights.
+"""
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.core.getipython import get_ipython
+from IPython.display import Markdown, display
+
+from step2.files import note_written, put_aside, write_atomically, write_csv
+from step2.settings import Settings
+from step2.slices import Slices
+
+OPTIMISTIC = " (slice-level, optimistic)"
+
+
+def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictures: str, start: str) -> str:
+    """Return profile, what was changed in it, network, size, data and initial weights in a line.
+
+    pictures: what they are, "" if unknown. start: the initial weights in words.
+    """
+    shown = ("model_name", "image_size", "weights")
+    changed = [f"{name} {value}" for name, value in settings.changed().items() if name not in shown]
+    word = pictures.removesuffix("s")
+    parts = [
+        f"{settings.profile} profile" + (f" with {', '.join(changed)}" if changed else ""),
+        f"{settings.model_name} at {settings.image_size} px",
+        count_slices(slices.training, word, slices.patient_level),
+        start,
+    ]
+    if settings.folds == 1:
+        tested = slices.training[(fold_of == 0).any(axis=0)]
+        parts.insert(3, f"tested: {count_slices(tested, '', slices.patient_level)}")
+    return ", ".join(parts)
+
+
+def count_slices(rows: pd.DataFrame, word: str, patient_level: bool) -> str:
+    """Return '90 phantom slices of 63 patients'."""
+    patients = rows["patient"].nunique() if patient_level else "an unknown number of"
+    return " ".join(f"{len(rows)} {word} slices of {patients} patients".split())
+
+
+class Report:
+    """Where figures and tables go, and the line under every title that says what made them."""
+
+    def __init__(self, results: Path, caption: str, patient_level: bool, identity: str):
+        self.results, self.caption, self.patient_level = results, caption, patient_level
+        earlier = put_aside(results, identity)
+        if earlier:
+            print(f"tables and figures of another comparison were moved to {earlier}")
+
+    def level(self) -> str:
+        """Return the warning that belongs into every title where patients are unknown."""
+        return "" if self.patient_level else OPTIMISTIC
+
+    def figure(self, figure: plt.Figure, title: str, name: str) -> None:
+        """Title a figure, write it as PNG and SVG, show it, and close it."""
+        width, height = figure.get_size_inches()
+        small = textwrap.fill(self.caption, max(int(width * 15), 40))
+        above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
+        figure.text(0.5, above, title + self.level(), ha="center", va="bottom", weight="bold", size=12)
+        figure.text(0.5, 1 + 0.08 / height, small, ha="center", va="bottom", size=8, color="#444444")
+        for ending in ("png", "svg"):
+            self.write(
+                f"{name}.{ending}",
+                lambda p, e=ending: figure.savefig(p, format=e, dpi=150, bbox_inches="tight"),
+            )
+        display(figure)
+        plt.close(figure)
+
+    def table(self, table: pd.DataFrame, title: str) -> None:
+        """Show a table under its title and caption; as plain text outside of a notebook."""
+        caption = f"{title}{self.level()}: {self.caption}"
+        if get_ipython():
+            display(table.style.set_caption(caption))
+        else:
+            print(caption, table.to_string(), sep="\n")
+
+    def csv(self, table: pd.DataFrame, name: str) -> None:
+        """Write a table to the results folder."""
+        write_csv(self.results / name, table)
+        note_written(self.results, name)
+
+    def text(self, text: str, name: str) -> None:
+        """Write Markdown to the results folder and show it."""
+        self.write(name, lambda p: p.write_text(text, encoding="utf-8"))
+        display(Markdown(text))
+
+    def json(self, content: dict, name: str) -> None:
+        """Write a dict to the results folder."""
+        self.write(name, lambda p: p.write_text(json.dumps(content, indent=2), encoding="utf-8"))
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of the results folder, whole or not at all."""
+        write_atomically(self.results / name, write)
+        note_written(self.results, name)

@@ -1,0 +1,373 @@
+"""All runs of a comparison: their folders, what they leave behind, and the tables made of them.
+
+A run is one variant, trained on all patients but those of one fold. Its recipe, split, pictures, initial
+weights and code are hashed into the name of its folder: a finished run is never trained again, a changed one
+gets a folder of its own, and nothing is overwritten.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from step2.files import read_json, sha256, write_csv, write_json
+from step2.network import InitialWeights
+from step2.pictures import Pictures, in_order, make_loader, pictures_digest, steps_per_epoch
+from step2.settings import Settings
+from step2.slices import Slices
+from step2.speed import choose_speed, device_name, find_device, prepare_process
+from step2.training import (
+    RunInput,
+    Speed,
+    Tell,
+    Trainer,
+    predict,
+    predict_held_out,
+    save_weights,
+    train_run,
+)
+from step2.variants import CLASSES, require
+
+CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
+PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
+PROBABILITIES = [f"p_{c}" for c in CLASSES]
+
+
+class Run(NamedTuple):
+    """One training; control: the same again under another seed."""
+
+    variant: str
+    repeat: int
+    fold: int
+    control: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.variant + ' (control)' * self.control:30} repeat {self.repeat} fold {self.fold}"
+
+
+def code_digest() -> str:
+    """Return a hash of the code that a run's numbers depend on."""
+    texts = [(files("step2") / f"{module}.py").read_text(encoding="utf-8") for module in CODE]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that the runs share. fold_of: int (repeats, n), the fold of each training slice.
+
+    digests and testing_digests: {variant: hash of its pictures}; code: code_digest() where it was made.
+    """
+
+    settings: Settings
+    variants: tuple[str, ...]
+    slices: Slices
+    fold_of: np.ndarray
+    weights: InitialWeights
+    digests: dict[str, str]
+    testing_digests: dict[str, str]
+    code: str = field(default_factory=code_digest)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, fold by fold, so that a stopped comparison has whole folds; the control last."""
+        repeats, folds = range(1, self.settings.repeats + 1), range(1, self.settings.folds + 1)
+        places = [(repeat, fold) for repeat in repeats for fold in folds]
+        runs = [Run(variant, *place) for place in places for variant in self.variants]
+        again = [Run(self.variants[0], *place, True) for place in places if self.settings.control_run]
+        return tuple(runs + again)
+
+    @cached_property
+    def steps(self) -> int:
+        """Training steps of a run."""
+        train, _ = self.split(self.runs[0])
+        return steps_per_epoch(len(train), self.settings.batch_size) * self.settings.epochs
+
+    def split(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of a run's training and held-out slices."""
+        held_out = self.fold_of[run.repeat - 1] == run.fold - 1
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def seed(self, run: Run) -> int:
+        """Return the seed of a run's weights, order and augmentation: the same for all variants."""
+        text = f"{self.settings.seed} {run.repeat} {run.fold} {run.control}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+
+    @cached_property
+    def folders(self) -> dict[Run, Path]:
+        """The folder of each run; its name has a hash of all that the run's numbers depend on."""
+        rows, folders = self.slices.training["label"] + " " + self.slices.training["image"], {}
+        for run in self.runs:
+            split = [list(rows.iloc[part]) for part in self.split(run)]
+            pictures, weights = self.digests[run.variant], self.weights.digest
+            parts = [self.settings.recipe(), run, split, pictures, weights, self.code]
+            digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+            name = f"repeat{run.repeat}_fold{run.fold}{'_control' * run.control}-{digest}"
+            folders[run] = self.settings.results / "runs" / run.variant / name
+        return folders
+
+    def folder(self, run: Run) -> Path:
+        """Return a run's folder."""
+        return self.folders[run]
+
+    def testing_file(self, run: Run) -> str:
+        """Return the name of a run's file of probabilities for TestingData, with a hash of those pictures."""
+        return f"testing-{self.testing_digests[run.variant][:10]}.csv"
+
+    def needs_testing(self, run: Run) -> bool:
+        """Tell whether a run predicts TestingData."""
+        return not (run.control or self.slices.testing.empty)
+
+    def identity(self) -> str:
+        """Return a hash of all folders and testing pictures: that of another comparison is another one."""
+        names = [str(self.folder(run).relative_to(self.settings.results)) for run in self.runs]
+        text = json.dumps([names, sorted(self.testing_digests.values())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_comparison(
+    settings: Settings,
+    variants: tuple[str, ...],
+    slices: Slices,
+    fold_of: np.ndarray,
+    weights: InitialWeights,
+) -> Comparison:
+    """Return the comparison, after reading every picture; ValueError that names a missing or damaged one."""
+    training, testing = (
+        {v: pictures_digest(settings.data / v, list(part["image"])) for v in variants}
+        for part in (slices.training, slices.testing)
+    )
+    return Comparison(settings, variants, slices, fold_of, weights, training, testing)
+
+
+# ---------------------------------------- what a run leaves behind
+
+
+def read_done(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return what a finished run noted, None where it isn't finished, and the files that are damaged."""
+    done = read_json(folder / "done.json")
+    if done is None:
+        return None, ["done.json"] if (folder / "done.json").exists() else []
+    whole = {name: (folder / name).is_file() for name in done["files"]}
+    damaged = [name for name, there in whole.items() if not there]
+    damaged += [n for n, digest in done["files"].items() if whole[n] and sha256(folder / n) != digest]
+    return done, damaged
+
+
+def is_trained(comparison: Comparison, run: Run) -> bool:
+    """Tell whether a run is trained to its end and all it left behind is whole."""
+    done, damaged = read_done(comparison.folder(run))
+    return done is not None and not [name for name in damaged if not name.startswith("testing-")]
+
+
+def is_complete(comparison: Comparison, run: Run) -> bool:
+    """Tell whether a run is trained, and has predicted TestingData as it is now."""
+    done, damaged = read_done(comparison.folder(run))
+    needed = comparison.testing_file(run) if comparison.needs_testing(run) else None
+    return done is not None and not damaged and (needed is None or needed in done["files"])
+
+
+def remove_damaged(comparison: Comparison) -> list[str]:
+    """Remove what is damaged of finished runs, and return a line for each; it will be made again."""
+    lines = []
+    for run in comparison.runs:
+        folder = comparison.folder(run)
+        done, damaged = read_done(folder)
+        for name in damaged:
+            (folder / name).unlink(missing_ok=True)
+        if done and damaged and all(name.startswith("testing-") for name in damaged):
+            done["files"] = {n: digest for n, digest in done["files"].items() if n not in damaged}
+            write_json(folder / "done.json", done)
+            lines.append(f"{folder / damaged[0]} is damaged: TestingData is predicted again")
+        elif damaged:
+            for name in [*(done or {"files": {}})["files"], "done.json"]:
+                (folder / name).unlink(missing_ok=True)
+            lines.append(f"{folder / damaged[0]} is damaged: this run is trained again")
+    return lines
+
+
+def complete_run(comparison: Comparison, run: Run, tell: Tell) -> dict[str, Any]:
+    """Train a run and predict TestingData as far as either isn't done, and return what it noted."""
+    device = find_device()
+    prepare_process(comparison.settings, device)
+    speed = choose_speed(comparison.settings, comparison.steps, device)
+    folder = comparison.folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_trained(comparison, run):
+        finish_run(comparison, run, speed, device, tell)
+    if not is_complete(comparison, run):
+        predict_testing(comparison, run, speed, device)
+    return read_json(folder / "done.json") or {}
+
+
+def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell) -> None:
+    """Train a run and write predictions, history and weights, then done.json; remove the checkpoint."""
+    settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folder(run)
+    labels = slices["label"].map(CLASSES.index).to_numpy(copy=True)
+    job = RunInput(
+        folder=folder,
+        pictures=settings.data / run.variant,
+        images=tuple(slices["image"]),
+        labels=labels,
+        train=comparison.split(run)[0],
+        held_out=comparison.split(run)[1],
+        seed=comparison.seed(run),
+        settings=settings,
+        weights=comparison.weights,
+    )
+    trainer, history = train_run(job, speed, device, tell)
+    rows = slices.iloc[job.held_out][["image", "label"]]
+    write_csv(folder / "predictions.csv", prediction_table(rows, predict_held_out(job, trainer)))
+    write_csv(folder / "history.csv", pd.DataFrame(history))
+    save_weights(folder / "last.pt", trainer.network)
+    names = ("predictions.csv", "history.csv", "last.pt", "best.pt")
+    done = {
+        "run": run._asdict(),
+        "accuracy": history[-1]["val_accuracy"],
+        "seconds": sum(row["seconds"] for row in history),
+        "device": device_name(device),
+        "part": trainer.part,
+        "speed": asdict(speed),
+        "threads": settings.threads,
+        "initial_weights": asdict(comparison.weights),
+        "system": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "files": {name: sha256(folder / name) for name in names if (folder / name).is_file()},
+    }
+    write_json(folder / "done.json", json.loads(json.dumps(done)))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torch.device) -> None:
+    """Write a trained run's probabilities for TestingData, and note them in done.json."""
+    settings, images = comparison.settings, list(comparison.slices.testing["image"])
+    folder, name = comparison.folder(run), comparison.testing_file(run)
+    trainer = Trainer(settings, speed, 0.1, device)
+    trainer.network.load_state_dict(torch.load(folder / "last.pt", map_location="cpu", weights_only=True))
+    pictures = Pictures(settings.data / run.variant, images, settings)
+    loader = make_loader(pictures, in_order(np.arange(len(images)), settings.batch_size), 0)
+    rows = comparison.slices.testing[["image"]]
+    write_csv(folder / name, prediction_table(rows, predict(trainer, loader)))
+    done = read_json(folder / "done.json") or {}
+    done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
+    for old in folder.glob("testing-*.csv"):
+        if old.name != name:
+            old.unlink()
+    write_json(folder / "done.json", done | {"files": done["files"] | {name: sha256(folder / name)}})
+
+
+# ---------------------------------------- tables of all runs
+
+
+def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """Return the rows with the columns predicted and p_<class>."""
+    table = pd.DataFrame(probabilities, columns=PROBABILITIES, index=rows.index)
+    predicted = np.array(CLASSES)[probabilities.argmax(1)]
+    return pd.concat([rows.assign(predicted=predicted), table], axis=1)
+
+
+def read_table(comparison: Comparison, run: Run, name: str) -> pd.DataFrame:
+    """Return a table that a finished run left behind; ValueError that names it where it was changed."""
+    path = comparison.folder(run) / name
+    noted = (read_json(path.with_name("done.json")) or {"files": {}})["files"].get(name)
+    whole = path.is_file() and sha256(path) == noted
+    require(whole, f"{path} is missing or damaged: run the cell that trains again, it will be made anew")
+    return pd.read_csv(path, dtype={"image": str}, keep_default_na=False)
+
+
+def collect(comparison: Comparison, control: bool, name: str) -> pd.DataFrame:
+    """Return all runs' files of this name as one table, in a fixed order; empty where there is no run."""
+    runs = [run for run in comparison.runs if run.control == control]
+    runs.sort(key=lambda run: (comparison.variants.index(run.variant), run))
+    tables = []
+    for run in runs:
+        table = read_table(comparison, run, name)
+        for place, (column, value) in enumerate(run._asdict().items()):
+            table.insert(place, column, value)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def collect_predictions(comparison: Comparison, control: bool = False) -> pd.DataFrame:
+    """Return the held-out predictions of all runs, or of the control.
+
+    Columns: variant, repeat, fold, patient, image, label, predicted, p_<class>. Patients come
+    from today's manifest, as pseudonyms change with Step 1's key.
+    """
+    table = collect(comparison, control, "predictions.csv")
+    if table.empty:
+        return table
+    patient = comparison.slices.training.set_index("image")["patient"]
+    table = table.drop(columns="control")
+    table.insert(3, "patient", table["image"].map(patient))
+    return table
+
+
+def collect_history(comparison: Comparison) -> pd.DataFrame:
+    """Return the epochs of all runs, control included, DataFrame."""
+    return pd.concat(
+        [collect(comparison, control, "history.csv") for control in (False, True)], ignore_index=True
+    )
+
+
+def average_testing(comparison: Comparison, variant: str) -> pd.DataFrame:
+    """Return image, predicted and the mean probabilities of a variant's runs for TestingData."""
+    runs = [run for run in comparison.runs if run.variant == variant and not run.control]
+    tables = [read_table(comparison, run, comparison.testing_file(run)) for run in runs]
+    mean = np.mean([table[PROBABILITIES].to_numpy() for table in tables], axis=0)
+    return prediction_table(tables[0][["image"]], mean)
+
+
+def describe_runs(comparison: Comparison) -> dict[str, Any]:
+    """Return what made the results: settings, and of each run its machine, versions, speed and fallbacks."""
+    noted = [(run, read_json(comparison.folder(run) / "done.json") or {}) for run in comparison.runs]
+    batch, weights = comparison.settings.batch_size, comparison.weights
+    fallbacks = [
+        f"{run}: memory ended, {done['part']} of {batch} slices at a time"
+        for run, done in noted
+        if done["part"] < batch
+    ]
+    made = {
+        name: _different(done[name] for _, done in noted)
+        for name in ("device", "speed", "threads", "system", "versions")
+    }
+    for name, ways in made.items():
+        if len(ways) > 1:
+            fallbacks.append(f"runs differ in their {name}, which may explain differences: {ways}")
+    if weights.used == "none" != weights.requested:
+        fallbacks.append(weights.note)
+    return {
+        "settings": comparison.settings.model_dump(mode="json"),
+        "variants": comparison.variants,
+        "initial_weights": asdict(weights),
+        "made_with": made,
+        "fallbacks": fallbacks,
+        "training_seconds": round(sum(done["seconds"] for _, done in noted), 1),
+        "runs": [
+            {
+                **run._asdict(),
+                "seed": comparison.seed(run),
+                "folder": comparison.folder(run).name,
+                "seconds": round(done["seconds"], 1),
+            }
+            for run, done in noted
+        ],
+    }
+
+
+def _different(values: Any) -> list:
+    """Return each value once, in order."""
+    found: list = []
+    for value in values:
+        found += [] if value in found else [value]
+    return found

@@ -1,0 +1,156 @@
+"""Every parameter of the notebook with its limits, and the two profiles. Uses pydantic for the checks."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dask.system import CPU_COUNT
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from step2.variants import require
+
+FolderPath = Annotated[Path, Strict(False)]  # text will do
+ModelName = Literal[
+    *(f"efficientnet-b{i}" for i in range(9)), "efficientnet-narrow"  # type: ignore[valid-type]
+]  # fmt: skip
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "full": {
+        "model_name": "efficientnet-b7",
+        "image_size": 600,
+        "epochs": 25,
+        "batch_size": 8,
+        "folds": 5,
+        "repeats": 1,
+        "weights": "auto",
+        "schedule": "steps",
+        "rates": (6e-5, 3e-5, 1e-5, 8e-6, 1e-6),  # each for a fifth of the epochs
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "rotation": 20.0,
+        "shift": 2.0,
+        "zoom": 0.0,
+        "flips": "hv",
+    },
+    "quick": {
+        "model_name": "efficientnet-narrow",
+        "image_size": 80,
+        "epochs": 70,
+        "batch_size": 8,
+        "folds": 3,
+        "repeats": 1,
+        "weights": "none",
+        "schedule": "one cycle",
+        "rates": (6e-3,),  # its peak
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+        "rotation": 10.0,
+        "shift": 3.0,
+        "zoom": 0.05,
+        "flips": "h",
+    },
+}
+
+
+class Recipe(BaseModel):
+    """What decides a run's numbers, besides its pictures, its fold and its initial weights."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    model_name: ModelName
+    image_size: int = Field(ge=32, le=2048, description="pixels")
+    epochs: int = Field(ge=1, le=10_000, description="passes over the training slices")
+    batch_size: int = Field(ge=4, le=4096, description="batch norm needs some slices at a time")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="any will do")
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    schedule: Literal["steps", "one cycle"]
+    rates: tuple[float, ...] = Field(description="learning rates: of equal parts, or the cycle's peak")
+    weight_decay: float = Field(ge=0, description="of AdamW; 0 makes it Adam")
+    label_smoothing: float = Field(ge=0, lt=1)
+    rotation: float = Field(ge=0, le=180, description="augmentation: up to so many degrees either way")
+    shift: float = Field(ge=0, description="augmentation: up to so many pixels either way")
+    zoom: float = Field(ge=0, lt=1, description="augmentation: up to this fraction either way")
+    flips: Literal["", "h", "v", "hv"] = Field(description="augmentation: horizontal, vertical")
+
+
+class Settings(Recipe):
+    """All parameters of the notebook: the recipe of each run, what is compared, and who trains."""
+
+    profile: Literal["full", "quick"]
+    data: FolderPath = Path("data_preprocessing")
+    raw_data: FolderPath = Path("raw_data")
+    results: FolderPath = Path("results")
+    dataset: str = "auto"
+    variants: Any = Field(None, description="checked by choose_variants, which knows the folders")
+    control_run: bool = True
+    folds: int = Field(ge=1, le=100, description="1 is a single hold-out split")
+    repeats: int = Field(ge=1, le=100, description="of the whole cross-validation")
+    weights: str = Field(description="imagenet, none, auto, or a file")
+    processes: int = Field(ge=1, le=256, description="that train at the same time, at most one for each GPU")
+    cluster: str | None = Field(None, pattern=r"^[a-z]+://.+:\d+$", description="tcp://scheduler:8786")
+    workers: int = Field(ge=0, le=256, description="processes that load pictures, for each that trains")
+    threads: int = Field(1, ge=1, le=256, description="of each process on the CPU")
+    gpus: int = Field(0, ge=0, description="of this machine")
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides a run's numbers, by name."""
+        return self.model_dump(include=set(Recipe.model_fields), mode="json")
+
+    def changed(self) -> dict[str, Any]:
+        """Return what was set otherwise than in the profile."""
+        usual = PROFILES[self.profile]
+        return {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+
+
+def read_settings(given: Mapping[str, Any], gpus: int = 0, before: Iterable[str] | None = None) -> Settings:
+    """Return all settings: what was given, else the profile's; ValueError with a sentence for each wrong one.
+
+    given: parameters by name, None for the profile's; a notebook's whole namespace if `before` tells which
+    of its names are older than the parameters. A name that is no parameter is refused: it may be misspelt.
+    """
+    parameters = set(Settings.model_fields)
+    if before is not None:
+        old = set(before)
+        given = {k: v for k, v in given.items() if k in parameters or (k not in old and k[0] != "_")}
+    given = {name: value for name, value in given.items() if value is not None}
+    profile = given.get("profile", "auto")
+    known = ", ".join(("auto", *PROFILES))
+    require(isinstance(profile, str), f"profile = {profile!r}: choose of {known}")
+    profile = ("full" if gpus else "quick") if profile == "auto" else profile
+    require(profile in PROFILES, f"profile = {profile!r}: choose of {known}")
+    cores, one_each = CPU_COUNT, {"gpus": gpus, "processes": gpus or min(CPU_COUNT, 8)}
+    one_each["workers"] = min(cores // gpus, 16) if gpus else 0
+    try:
+        settings = Settings(**(PROFILES[profile] | one_each | given | {"profile": profile}))
+    except ValidationError as err:
+        raise ValueError("\n".join(_sentence(dict(wrong)) for wrong in err.errors())) from None
+    too_many = f"processes = {settings.processes}, but there are {gpus} GPUs: set processes to {gpus}"
+    require(settings.cluster or settings.processes <= (gpus or settings.processes), too_many)
+    known_weights = settings.weights in ("auto", "imagenet", "none") or Path(settings.weights).is_file()
+    choice = "no such file; or choose of auto, imagenet, none"
+    require(known_weights, f"weights = {settings.weights!r}: {choice}")
+    return settings
+
+
+def _sentence(wrong: dict[str, Any]) -> str:
+    """Return what pydantic found wrong in a sentence that says what to do."""
+    name = str(wrong["loc"][0])
+    if wrong["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"choose of {', '.join(Settings.model_fields)}"
+        return f"{name} is no parameter of this notebook: {advice}"
+    note = Settings.model_fields[name].description
+    should = wrong["msg"].removeprefix("Input ").removeprefix("String ")
+    return f"{name} = {wrong['input']!r}: {should}{f' ({note})' if note else ''}"
+
+
+def is_watched() -> bool:
+    """Tell whether somebody watches the output: a Jupyter page or a terminal, not papermill or nbconvert."""
+    from IPython.core.getipython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is not None:
+        return bool(getattr(kernel, "_allow_stdin", False))  # papermill and nbconvert never allow input
+    return sys.stderr.isatty()

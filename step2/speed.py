@@ -1,0 +1,171 @@
+"""Precision, memory layout and compilation: measured once on a GPU, fixed on a CPU so that results repeat."""
+
+import math
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+from filelock import FileLock
+
+from step2.files import read_json, write_json
+from step2.settings import Settings
+from step2.training import Speed, Trainer, out_of_memory, release_memory, train_step
+from step2.variants import CLASSES
+
+
+def find_device() -> torch.device:
+    """Return the first CUDA GPU that this process sees, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def prepare_process(settings: Settings, device: torch.device) -> None:
+    """Set what holds for a whole process that trains: threads, and how exactly a GPU computes."""
+    torch.set_num_threads(settings.threads)
+    torch.set_flush_denormal(True)  # numbers too small to matter, on which a CPU is slow
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Return bf16, fp16 or no, and the reason."""
+    if device.type != "cuda":
+        return "no", f"fp32: mixed precision is for CUDA GPUs, this is {device.type}"
+    if wanted != "auto":
+        return wanted, f"{wanted}: asked for"
+    name = torch.cuda.get_device_name()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", f"bf16: {name} has it"
+    return "fp16", f"fp16: {name} has no bf16"
+
+
+def choose_speed(settings: Settings, steps: int, device: torch.device) -> Speed:
+    """Return how to compute: on CUDA as measured, now or earlier in this results folder; else fixed.
+
+    steps: of a run. What was measured is kept in results/speed.json, so that all runs use the same.
+    """
+    precision, why = choose_precision(settings.mixed_precision, device)
+    base = Speed(precision, False, False, False, settings.batch_size, (why,))
+    if device.type == "cpu":
+        last = "channels_last on: it is faster on CPUs; not measured, so that results repeat"
+        return replace(base, channels_last=True, fused=True, reasons=(why, last))
+    if device.type != "cuda":
+        return base
+    base = replace(base, fused=True, reasons=(why, "fused optimizer on: one kernel for all weights"))
+    key = f"{torch.cuda.get_device_name()}, {settings.model_name}, {settings.image_size} px"
+    key += f", {base.part} slices, {precision}"
+    path = settings.results / "speed.json"
+    with FileLock(path.with_name(".speed.lock")):  # of several processes the first measures
+        known = read_json(path) or {}
+        if key not in known:
+            known[key] = asdict(measure_speed(settings, base, steps, device))
+            write_json(path, known)
+    return Speed(**{**known[key], "reasons": tuple(known[key]["reasons"])})
+
+
+def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.device) -> Speed:
+    """Time real training steps on the GPU and return what was fastest, with reasons.
+
+    First what fits, then channels_last, then torch.compile, which has to earn back the time it takes.
+    """
+    best, slow = what_fits(settings, base, device)
+    reasons = [*base.reasons, f"{best.part} slices at a time: they fit"]
+    try:
+        last, _ = time_steps(settings, replace(best, channels_last=True), device)
+    except RuntimeError as err:
+        if not out_of_memory(err):
+            raise
+        last = math.inf
+    best, fast = replace(best, channels_last=last < slow), min(last, slow)
+    times = f"{last * 1e3:.0f} ms a step with, {slow * 1e3:.0f} without"
+    reasons.append(f"channels_last {'on' if last < slow else 'off'}: {times}")
+    why_not, pays = why_not_compile(), False
+    if not why_not:
+        try:
+            compiled, once = time_steps(settings, replace(best, compiled=True), device)
+            pays = (fast - compiled) * steps > 2 * once
+            times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
+            why_not = f"{times}, {once:.0f} s to compile"
+        except (RuntimeError, OSError) as err:
+            why_not = f"it fails here ({type(err).__name__})"
+    reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a run")
+    return replace(best, compiled=pays, reasons=tuple(reasons))
+
+
+def what_fits(settings: Settings, base: Speed, device: torch.device) -> tuple[Speed, float]:
+    """Return base with as many slices at a time as fit into memory, and the seconds of such a step."""
+    while True:
+        try:
+            return base, time_steps(settings, base, device)[0]
+        except RuntimeError as err:
+            if not out_of_memory(err) or base.part == 1:
+                raise
+        base = replace(base, part=math.ceil(base.part / 2))
+        release_memory(device)
+
+
+def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a real training step, and those to get going; RuntimeError where memory ends."""
+    torch.manual_seed(0)
+    trainer = Trainer(settings, speed, 0.1, device)
+    size = (speed.part, 1, settings.image_size, settings.image_size)
+    pictures = torch.randint(256, size, dtype=torch.uint8)
+    labels = torch.arange(speed.part) % len(CLASSES)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = seconds_a_step(lambda: train_step(trainer, pictures, labels, 1e-6), wait)
+    if trainer.part < speed.part:  # it took smaller parts by itself; what_fits has to know
+        raise RuntimeError(f"out of memory: {speed.part} slices at a time don't fit")
+    return seconds
+
+
+def seconds_a_step(step: Callable[[], object], wait: Callable[[], object]) -> tuple[float, float]:
+    """Return a step's time, and what the first three took more than that. wait: until the GPU is done."""
+    moments = []
+    for count in (0, 3, 8):
+        for _ in range(count):
+            step()
+        wait()
+        moments.append(time.perf_counter())
+    each = (moments[2] - moments[1]) / 8
+    return each, max(moments[1] - moments[0] - 3 * each, 0.0)
+
+
+def why_not_compile() -> str:
+    """Return why torch.compile can't work here, '' where it can."""
+    if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):
+        return "there is no C compiler"
+    return "" if torch.utils._triton.has_triton() else "there is no Triton"
+
+
+def step_seconds(settings: Settings) -> float:
+    """Return the seconds of a training step on this machine, roughly: of a second one, unless one is long."""
+    device = find_device()
+    prepare_process(settings, device)
+    precision, _ = choose_precision(settings.mixed_precision, device)
+    trainer = Trainer(settings, Speed(precision, True, device.type != "mps", False, 4, ()), 0.1, device)
+    size = (settings.batch_size, 1, settings.image_size, settings.image_size)
+    pictures = torch.zeros(size, dtype=torch.uint8)
+    labels = torch.arange(settings.batch_size) % len(CLASSES)
+    spent = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        float(train_step(trainer, pictures, labels, 1e-6))  # float() waits for a GPU
+        spent = time.perf_counter() - began
+        if spent > 5:
+            break
+    del trainer
+    release_memory(device)
+    return spent
+
+
+def device_name(device: torch.device) -> str:
+    """Return what to call the device in reports."""
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    )

@@ -1,0 +1,247 @@
+"""One training step, one epoch, one run from first to last epoch. A run's numbers depend on this file."""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from step2.files import read_sealed, write_atomically, write_sealed
+from step2.network import (
+    InitialWeights,
+    batch_norm_momentum,
+    build_network,
+    learning_rate,
+    load_initial,
+    normalise,
+)
+from step2.pictures import Batches, Pictures, fits_in_memory, in_order, make_loader
+from step2.settings import Recipe, Settings
+from step2.variants import require
+
+Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How steps are computed, without changing what is learnt.
+
+    precision: bf16, fp16 or no; part: slices at a time; reasons: a line each.
+    """
+
+    precision: str
+    channels_last: bool
+    fused: bool
+    compiled: bool
+    part: int
+    reasons: tuple[str, ...]
+
+
+class Trainer:
+    """A network and its optimizer on a device; part: slices at a time, halved when memory ends."""
+
+    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device):
+        self.recipe, self.part, self.device = recipe, speed.part, device
+        self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+        self.network = build_network(recipe, momentum).to(device, memory_format=self.layout)
+        decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
+        weights = self.network.parameters()
+        self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay, fused=speed.fused)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(speed.precision)
+        self.forward = torch.compile(self.network, dynamic=False) if speed.compiled else self.network
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which the network computes in its precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def to_device(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return uint8 (n, 1, h, w) as the network's input on its device."""
+        pictures = pictures.to(self.device, non_blocking=True)
+        return normalise(pictures).contiguous(memory_format=self.layout)
+
+    def gradients(self, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients of a batch, part by part, and return its mean loss."""
+        self.network.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for some, truth in zip(pictures.split(self.part), labels.split(self.part), strict=True):
+            with self.autocast():
+                scores = self.forward(self.to_device(some))
+                smoothing = self.recipe.label_smoothing
+                truth = truth.to(self.device)
+                loss = F.cross_entropy(scores, truth, label_smoothing=smoothing, reduction="sum")
+            self.scaler.scale(loss / len(labels)).backward()
+            total += loss.detach() / len(labels)
+        return total
+
+
+def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
+    """Take one optimizer step and return the mean loss.
+
+    Out of memory: the same batch again in parts of half the size, whose gradients add up. The effective batch
+    stays as set, though batch norm then sees the parts.
+    """
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    while True:
+        try:
+            loss = trainer.gradients(pictures, labels)
+            trainer.scaler.step(trainer.optimizer)
+            trainer.scaler.update()
+            return loss
+        except RuntimeError as err:
+            if not out_of_memory(err) or trainer.part == 1:
+                raise
+        trainer.part = math.ceil(trainer.part / 2)
+        release_memory(trainer.device)
+
+
+def out_of_memory(err: Exception) -> bool:
+    """Tell whether an error means that memory ended, on a GPU or here."""
+    signs = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
+    return isinstance(err, torch.OutOfMemoryError) or any(sign in str(err) for sign in signs)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back the GPU memory that is not in use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def predict(trainer: Trainer, loader: DataLoader) -> np.ndarray:
+    """Return probabilities, float64 (n, classes), in the loader's order."""
+    trainer.network.eval()
+    found = []
+    for pictures, _ in loader:
+        for some in pictures.split(trainer.part):
+            with trainer.autocast():
+                scores = trainer.network(trainer.to_device(some))
+            found.append(scores.float().cpu().double().softmax(1).numpy())
+    return np.concatenate(found)
+
+
+def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean negative log of the true class's probability."""
+    return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-15)).mean())
+
+
+def train_epoch(trainer: Trainer, loader: DataLoader, truth: torch.Tensor, epoch: int, tell: Tell) -> dict:
+    """Train one epoch and return its row of history. truth: of all slices, int (n,)."""
+    batches, epochs = loader.batch_sampler, trainer.recipe.epochs
+    assert isinstance(batches, Batches)
+    batches.epoch, steps, began, seen, rate = epoch, len(batches), time.perf_counter(), 0, 0.0
+    total = torch.zeros((), device=trainer.device)
+    for number, (pictures, index) in enumerate(loader):
+        rate = learning_rate(epoch * steps + number, epochs * steps, trainer.recipe)
+        total += train_step(trainer, pictures, truth[index], rate) * len(index)
+        seen += len(index)
+        tell(epoch + (number + 1) / steps)
+    loss, spent = float(total) / seen, time.perf_counter() - began
+    advice = "lower the profile's rates, or set mixed_precision to 'no'"
+    require(math.isfinite(loss), f"the training loss is {loss} in epoch {epoch + 1}: {advice}")
+    speed = {"images_per_s": seen / spent, "seconds": spent}
+    return {"epoch": epoch + 1, "train_loss": loss, "learning_rate": rate, **speed}
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions."""
+
+    folder: Path
+    pictures: Path
+    images: tuple[str, ...]
+    labels: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+    seed: int
+    settings: Settings
+    weights: InitialWeights
+
+
+def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> tuple[Trainer, list[dict]]:
+    """Train to the last epoch, from the checkpoint if there is one; return the trainer and its history.
+
+    Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
+    are kept as well (best.pt), but no number uses them: an epoch chosen by the slices it is judged on
+    flatters.
+    """
+    settings, size = run.settings, run.settings.batch_size
+    torch.manual_seed(run.seed)
+    cached = fits_in_memory(settings, len(run.images))
+    pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
+    loader = make_loader(pictures, Batches(run.train, size, run.seed), settings.workers)
+    judge = make_loader(pictures, in_order(run.held_out, size), settings.workers)
+    trainer = Trainer(settings, speed, batch_norm_momentum(len(loader) * settings.epochs), device)
+    load_initial(trainer.network, run.weights)
+    history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
+    truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
+    for epoch in range(len(history), settings.epochs):
+        row = train_epoch(trainer, loader, truth, epoch, tell)
+        found = predict(trainer, judge)
+        row["val_loss"] = log_loss(found, answers)
+        row["val_accuracy"] = float((found.argmax(1) == answers).mean())
+        if row["val_loss"] < min((r["val_loss"] for r in history), default=math.inf):
+            save_weights(run.folder / "best.pt", trainer.network)
+        history.append(row)
+        save_checkpoint(run.folder / "checkpoint.pt", trainer, history)
+    return trainer, history
+
+
+def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
+    """Return a trained run's probabilities for the slices of its fold, float64 (n held out, classes)."""
+    pictures = Pictures(run.pictures, run.images, run.settings)
+    return predict(trainer, make_loader(pictures, in_order(run.held_out, run.settings.batch_size), 0))
+
+
+def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
+    """Write all that the next epoch depends on; rates, order and augmentation follow from its number."""
+    device = trainer.device
+    content = {
+        "model": trainer.network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+        "history": history,
+        "part": trainer.part,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_sealed(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
+    """Go back to a checkpoint and return the history up to it; none where it is missing or damaged."""
+    sealed = read_sealed(path)
+    if sealed is None:
+        if path.exists():
+            print(f"{path} is damaged: this run starts again at its first epoch", flush=True)
+        return []
+    content: dict[str, Any] = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
+    trainer.network.load_state_dict(content["model"])
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"]:
+        trainer.scaler.load_state_dict(content["scaler"])
+    torch.set_rng_state(content["random"])
+    if content["random_device"] is not None and trainer.device.type != "cpu":
+        torch.get_device_module(trainer.device).set_rng_state(content["random_device"])
+    trainer.part = content["part"]
+    return content["history"]
+
+
+def save_weights(path: Path, network: torch.nn.Module) -> None:
+    """Write weights for later use: convolutions as float16, which halves the file; the rest as it is."""
+    state = {key: value.half() if value.ndim > 1 else value for key, value in network.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda p: p.write_bytes(buffer.getvalue()))
