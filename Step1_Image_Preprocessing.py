@@ -33,7 +33,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +43,7 @@ from logging import NullHandler, getLogger
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from pathlib import Path
+from typing import Any
 
 import cv2
 import joblib
@@ -61,7 +62,7 @@ from tqdm import tqdm
 try:
     import resource  # of Unix; without it, on Windows, the size checks alone guard the memory
 except ImportError:
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 # ---------------------------------------- configuration: every number stands here, once
 
@@ -111,6 +112,7 @@ MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels and a g
 MEMORY_LIMIT = 2 << 30  # bytes that one file may take
 TIME_LIMIT_S = 60  # that one file may take; a decoder that takes longer hangs
 POOL_STARTS = 5  # of the processes together, should something outside kill them
+DASK_PATIENCE_S = 40  # without any Dask worker; a nanny or a batch system starts one again in less
 STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
 STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
 
@@ -124,7 +126,7 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.JPEG2000: ("gdcm", "python-gdcm"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
-PLAIN_SYNTAXES = {  # (implicit VR, little endian) -> transfer syntax
+PLAIN_SYNTAXES: dict[tuple[bool | None, bool | None], uid.UID] = {  # (implicit VR, little endian) -> syntax
     (True, True): uid.ImplicitVRLittleEndian,
     (False, True): uid.ExplicitVRLittleEndian,
     (False, False): uid.ExplicitVRBigEndian,
@@ -189,13 +191,13 @@ def refusing(what: str, remedy: str):
         raise UnsuitableFile(f"{what} ({one_line(err)}): {remedy}") from err
 
 
-def one_line(err: Exception) -> str:
+def one_line(err: BaseException | str) -> str:
     """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
     text = " ".join(str(err).split()) or type(err).__name__
     return re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text)[:160]
 
 
-def to_float(value: object) -> float:
+def to_float(value: Any) -> float:
     """Return a header's value as a float, nan where it is no number."""
     try:
         return float(value)
@@ -479,6 +481,7 @@ def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = 
 def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
     """Return the picture that the header asks for, uint8 (rows, columns), and its manifest fields."""
     window, function = header_window(ds), voi_function(ds)
+    fields: dict[str, Any]
     if ds.get("VOILUTSequence"):
         with refusing(
             "VOILUTSequence (0028,3010) can't be applied", "export it again, or remove the sequence"
@@ -664,7 +667,8 @@ def bilateral(ct: CTSlice) -> CTSlice:
     Strip by strip, each as wide as the head is there. The strips are parts of one cv2.UMat, so the filter
     sees the pixels beyond their edges, and the result is that of the whole picture (see plain_opencv).
     """
-    whole, image, mask = cv2.UMat(ct.image), np.zeros_like(ct.image), ct.mask.astype(np.uint8)
+    whole = cv2.UMat(ct.image)  # type: ignore[call-overload]  # OpenCV's stubs lack arrays
+    image, mask = np.zeros_like(ct.image), ct.mask.astype(np.uint8)
     for top in range(0, len(mask), BILATERAL_STRIP):
         x, y, w, h = cv2.boundingRect(mask[top : top + BILATERAL_STRIP])
         if w:
@@ -679,7 +683,7 @@ def bilateral(ct: CTSlice) -> CTSlice:
 
 def step_runner(ct: CTSlice, roi_window: tuple[float, float] | None):
     """Return a function from a tuple of step names to its CTSlice; shared beginnings are computed once."""
-    steps = {
+    steps: dict[str, Callable[[CTSlice], CTSlice]] = {
         "roi": partial(roi, window=roi_window),
         "noblank": noblank,
         "clahe": clahe,
@@ -839,7 +843,7 @@ def is_stray(name: str) -> bool:
 
 def walk(top: Path) -> Iterator[Path]:
     """Yield what lies below a folder in a fixed order; of linked and unreadable folders, these themselves."""
-    unreadable = []
+    unreadable: list[OSError] = []
     for folder, subfolders, names in os.walk(top, onerror=unreadable.append):
         subfolders.sort()
         linked = [name for name in subfolders if Path(folder, name).is_symlink()]
@@ -1228,9 +1232,20 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def finished(waiting: dict[Future, Task], crashes: tuple[type[Exception], ...]) -> Iterator[Outcome]:
+def next_done(waiting: Iterable[Future], alive: Callable[[], bool]) -> set[Future]:
+    """Wait for at least one future, return all that are done; raise BrokenExecutor once nobody is alive."""
+    seen = time.monotonic()
+    while not (done := wait(waiting, DASK_PATIENCE_S / 8, FIRST_COMPLETED).done):
+        if alive():
+            seen = time.monotonic()
+        elif time.monotonic() - seen > DASK_PATIENCE_S:
+            raise BrokenExecutor
+    return done
+
+
+def finished(waiting: dict[Future, Task], crashes: tuple, alive: Callable[[], bool]) -> Iterator[Outcome]:
     """Wait for at least one future; remove and yield all that are done. A crash costs its own file."""
-    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+    for future in next_done(waiting, alive):
         try:
             fields = future.result()
         except crashes:
@@ -1239,18 +1254,24 @@ def finished(waiting: dict[Future, Task], crashes: tuple[type[Exception], ...]) 
 
 
 def bounded(
-    submit: Callable, tasks: Iterable[Task], ahead: int, crashes: tuple, waiting: dict[Future, Task]
+    submit: Callable[[Task], Future],
+    tasks: Iterable[Task],
+    ahead: int,
+    crashes: tuple[type[Exception], ...],
+    waiting: dict[Future, Task],
+    alive: Callable[[], bool] = lambda: True,
 ) -> Iterator[Outcome]:
     """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields.
 
     waiting: empty; holds what was submitted and has no result yet, should an exception end this.
+    alive: says whether there is still somebody who works.
     """
     for task in tasks:
         waiting[submit(task)] = task
         if len(waiting) >= ahead:
-            yield from finished(waiting, crashes)
+            yield from finished(waiting, crashes, alive)
     while waiting:
-        yield from finished(waiting, crashes)
+        yield from finished(waiting, crashes, alive)
 
 
 @contextmanager
@@ -1275,7 +1296,7 @@ class SpawnWithLastingLocks(SpawnContext):
 
     def __init__(self) -> None:
         super().__init__()
-        self.locks = []
+        self.locks: list = []
 
     def RLock(self):
         self.locks.append(super().RLock())
@@ -1288,7 +1309,8 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
     The pool itself breaks when processes are killed between two tasks, as the system does when memory ends;
     then a new one goes on.
     """
-    tasks, waiting = iter(tasks), {}
+    tasks = iter(tasks)
+    waiting: dict[Future, Task] = {}
     for start in range(POOL_STARTS):
         again, waiting = tuple(waiting.values()), {}
         context = SpawnWithLastingLocks()
@@ -1298,7 +1320,7 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
             try:
                 return pool.schedule(process, args=(task, settings))
             except RuntimeError as err:  # it broke since the last result
-                future = Future()
+                future: Future = Future()
                 future.set_exception(BrokenProcessPool(str(err)))
                 return future
 
@@ -1318,12 +1340,11 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
 
 def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator[Outcome]:
     """Run tasks on a Dask cluster that sees the same file system; a worker that dies loses nothing."""
-    try:
-        import cloudpickle
-        from distributed import Client
-        from distributed.scheduler import KilledWorker
-    except ImportError as err:
-        raise UsageError('--dask needs an extra package: pip install "dask[distributed]"') from err
+    import cloudpickle  # here, as these take a second to import
+    from distributed import Client
+    from distributed.client import ClosedClientError
+    from distributed.scheduler import KilledWorker
+
     if __name__ != "__main__":
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not have this file
     try:
@@ -1338,14 +1359,25 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
             raise UsageError(
                 "the Dask workers need one thread each: dask worker ADDRESS --nthreads 1 --nworkers N"
             )
-        with client.get_executor(pure=False) as executor:
-            yield from bounded(
-                lambda task: executor.submit(process, task, settings),
-                tasks,
-                4 * len(threads),
-                (KilledWorker,),
-                {},
-            )
+        executor = client.get_executor(pure=False)  # not left by with: that would wait for lost workers
+        workers = client.scheduler.ncores
+
+        def submit(task: Task) -> Future:
+            return executor.submit(process, task, settings)
+
+        def alive() -> bool:
+            try:
+                return bool(client.sync(workers, callback_timeout=DASK_PATIENCE_S / 8))
+            except OSError:  # the scheduler does not answer
+                return False
+
+        try:
+            yield from bounded(submit, tasks, 4 * len(threads), (KilledWorker,), {}, alive)
+        except BrokenExecutor as err:
+            lost = f"the Dask scheduler {address} had no worker, or gave no answer, for {DASK_PATIENCE_S} s"
+            raise OSError(f"{lost}: start what is missing") from err
+        except (CancelledError, ClosedClientError) as err:
+            raise OSError(f"the Dask scheduler {address} is gone: start it and its workers again") from err
 
 
 # ---------------------------------------- the run
@@ -1426,6 +1458,7 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
         for j, variant in enumerate(variants):
             data = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
             picture = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+            assert picture is not None, "this step wrote it"
             scale = (tile - 4) / max(picture.shape)
             size = [max(round(side * scale), 1) for side in picture.shape[::-1]]
             picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

@@ -4,11 +4,13 @@ Dask (dask.distributed) hands each run to a worker process, and to another one i
 wherever they are trained, byte for byte, as long as the processor is.
 """
 
+import logging
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from distributed import Client, Future, Nanny, Scheduler, SpecCluster, get_worke
 from distributed.scheduler import KilledWorker
 from tqdm.auto import tqdm
 
+from Step1_Image_Preprocessing import interrupts_blocked
 from step2.files import write_atomically
 from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.settings import is_watched
@@ -27,7 +30,11 @@ from step2.variants import require
 
 TOPIC = "step2-progress"
 PATIENCE_S = 40  # without any worker, or without the scheduler, before giving up
+CONNECT_S = 20  # for a scheduler to answer
 LINE_EVERY_S = 60  # of progress, where nobody watches
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# of glibc: Dask's own settings give memory back at once, which doubles the time of a step on a CPU
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -71,8 +78,7 @@ def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress")
     """Train in this process, one run after the other."""
     cv2.setNumThreads(0)
     for run in waiting:
-        done = complete_run(comparison, run, lambda epochs, run=run: progress.tell(str(run), epochs))
-        progress.finish(run, done)
+        progress.finish(run, complete_run(comparison, run, partial(progress.tell, str(run))))
 
 
 # ---------------------------------------- Dask
@@ -105,25 +111,24 @@ def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
     options = {
         "distributed.worker.daemon": False,  # daemons could not start processes that load pictures
         "distributed.comm.timeouts.connect": "10s",
-        "distributed.nanny.pre-spawn-environ": {},  # its malloc settings double the time of a step on a CPU
+        "distributed.nanny.pre-spawn-environ": KEEP_MEMORY,
         "distributed.worker.profile.enabled": False,
         "distributed.admin.system-monitor.gil.enabled": False,
     }
     count = min(settings.processes, runs)
     workers = {}
     for number in range(count):
-        env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), settings.threads)
-        env |= {"CUDA_VISIBLE_DEVICES": number} if settings.gpus else {}
+        env = dict.fromkeys(THREADS, str(settings.threads))
+        env |= {"CUDA_VISIBLE_DEVICES": str(number)} if settings.gpus else {}
         how = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard": False}
-        env = {name: str(value) for name, value in env.items()}
-        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": 40}}
+        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.ERROR}}
     shown = find_spec("bokeh") is not None
     listen = {"host": "127.0.0.1", "dashboard": shown, "dashboard_address": "127.0.0.1:0"}
     with (
         dask.config.set(options),
         tempfile.TemporaryDirectory(prefix="step2-") as folder,
         dask.config.set({"temporary-directory": folder}),
-        SpecCluster(workers, scheduler={"cls": Scheduler, "options": listen}, silence_logs=40) as cluster,
+        interrupt_free(SpecCluster, workers, scheduler={"cls": Scheduler, "options": listen}) as cluster,
         Client(cluster) as client,
     ):
         if shown:
@@ -131,11 +136,17 @@ def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
         yield client
 
 
+def interrupt_free(start: Callable, *args: Any, **options: Any) -> Any:
+    """Return start(...), whose threads and processes leave an interrupt to the notebook, which ends them."""
+    with interrupts_blocked():
+        return start(*args, **options, silence_logs=logging.ERROR)
+
+
 @contextmanager
 def clients_of(address: str) -> Iterator[Client]:
     """Connect to a scheduler that is there, and send its workers this code."""
     try:
-        client = Client(address, timeout="20s", set_as_default=False)
+        client = Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as err:
         advice = "start dask scheduler and its workers, or leave the parameter cluster out"
         raise RuntimeError(f"no Dask scheduler at {address} ({err}): {advice}") from err
@@ -144,8 +155,9 @@ def clients_of(address: str) -> Iterator[Client]:
         threads = max(worker["nthreads"] for worker in workers.values())
         one = "dask worker ADDRESS --nthreads 1 --nworkers N"
         require(threads == 1, f"a worker with {threads} threads would train as many runs at once: {one}")
-        client.upload_file(str(zip_code(Path(folder))), load=False)
-        print(f"{len(workers)} Dask workers, dashboard: {client.dashboard_link}", flush=True)
+        client.upload_file(str(zip_code(Path(folder))))
+        shown = "dashboard" in client.scheduler_info(n_workers=0)["services"]
+        print(f"{len(workers)} Dask workers{f', dashboard: {client.dashboard_link}' * shown}", flush=True)
         yield client
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,7 +56,7 @@ def panels(
     """Return a figure and so many axes of this width and height, at most in_row in a row."""
     columns, rows = min(count, in_row), math.ceil(count / in_row)
     size = (inches[0] * columns + 0.4, inches[1] * rows)
-    how = {"squeeze": False, "layout": "constrained", "sharex": sharex, "sharey": sharey}
+    how: dict[str, Any] = {"squeeze": False, "layout": "constrained", "sharex": sharex, "sharey": sharey}
     figure, axes = plt.subplots(rows, columns, figsize=size, **how)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
@@ -119,7 +120,7 @@ def draw_curve(axis: plt.Axes, runs: pd.DataFrame, column: str, color: str, labe
 def draw_learning(history: pd.DataFrame, variants: Sequence[str]) -> plt.Figure:
     """Draw loss above and accuracy below, a column for each variant; the control is not shown."""
     inches = (1.55 * len(variants) + 1.2, 3.8)
-    how = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
+    how: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
     figure, axes = plt.subplots(2, len(variants), figsize=inches, **how)
     for (loss, accuracy), variant in zip(axes.T, variants, strict=True):
         runs = history[(history["variant"] == variant) & ~history["control"].astype(bool)]
@@ -138,7 +139,8 @@ def draw_learning(history: pd.DataFrame, variants: Sequence[str]) -> plt.Figure:
 
 def forest_lines(table: pd.DataFrame) -> list[tuple]:
     """Return (y, heading or None, row or None) from top to bottom: a heading before the rows of each kind."""
-    lines, y = [], 0.0
+    lines: list[tuple] = []
+    y = 0.0
     for kind in KIND_LOOKS:
         rows = table[table["kind"] == kind]
         if len(rows):
@@ -182,7 +184,8 @@ def draw_forest(table: pd.DataFrame) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(10.5, height))
     figure.subplots_adjust(left=0.27, right=0.69, bottom=1.0 / height, top=1 - 0.1 / height)
     draw_bands(axis, find_noise_floor(table))
-    beside = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "center", "weight": "bold"}
+    beside: dict[str, Any] = {"ha": "right", "va": "center", "weight": "bold"}
+    beside["transform"] = axis.get_yaxis_transform()
     for y, heading, row in lines:
         if heading:
             axis.text(-0.02, y, heading, **beside)
@@ -322,7 +325,7 @@ def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame) -> plt.Fi
 def draw_costs(costs: pd.DataFrame) -> plt.Figure:
     """Return bars of each cost, a panel per column of costs (variants, costs)."""
     inches, colors = (3.2 * costs.shape[1] + 1.5, 1 + 0.36 * len(costs)), variant_colors(list(costs.index))
-    how = {"sharey": True, "squeeze": False, "layout": "constrained"}
+    how: dict[str, Any] = {"sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(1, costs.shape[1], figsize=inches, **how)
     for axis, (name, values) in zip(axes[0], costs.items(), strict=True):
         bars = axis.barh(costs.index, values, color=[colors[v] for v in costs.index])
@@ -342,7 +345,7 @@ def draw_mistakes(mistakes: pd.DataFrame, data: Path, size: int) -> plt.Figure:
     for axis, row in zip(axes, mistakes.itertuples(), strict=False):
         words = f"{in_lines(row.variant)}\nis {row.label}\nsaid {row.predicted}, {row.confidence:.0%}"
         tile(axis, read_png(data / row.variant / row.image, size), words)
-        axis.title.set_size(7)
+        axis.title.set_fontsize(7)
     if mistakes.empty:
         axes[0].text(0.5, 0.5, "none", ha="center")
     return figure

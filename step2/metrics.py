@@ -52,9 +52,11 @@ def metric_draws(
     confusion = drawn("confusion")
     values = confusion_metrics(confusion)
     label = rows["label"].to_numpy()
-    aucs = [auc_draws(rows, codes, rows[f"p_{c}"].to_numpy(float), label == c, weights) for c in CLASSES]
+    aucs = np.array(
+        [auc_draws(rows, codes, rows[f"p_{c}"].to_numpy(float), label == c, weights) for c in CLASSES]
+    )
     values["any_auc"] = aucs[0]  # healthy against the rest; turned round, it is the same
-    aucs, found = np.array(aucs), np.isfinite(aucs)
+    found = np.isfinite(aucs)
     with np.errstate(invalid="ignore", divide="ignore"):
         values["macro_auc"] = np.where(found, aucs, 0).sum(0) / found.sum(0)
     values["log_loss"] = drawn("loss") / confusion.sum((1, 2))

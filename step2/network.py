@@ -158,10 +158,10 @@ def load_initial(network: EfficientNet, weights: InitialWeights) -> None:
     advice = "set weights to a file that torch.save(model.state_dict(), file) wrote, or to 'none'"
     state, own = load_tensors(Path(weights.path), advice), network.state_dict()
     for key in ("_fc.weight", "_fc.bias"):
-        if key not in state or state[key].shape != own[key].shape:
+        if getattr(state.get(key), "shape", None) != own[key].shape:
             state[key] = own[key]
     shapes, expected = ({k: getattr(v, "shape", None) for k, v in part.items()} for part in (state, own))
-    wrong = [k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k)]
-    other = f"{weights.path} is for another network, {len(wrong)} tensors differ ({min(wrong, default='')})"
+    wrong = sorted(str(k) for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
+    other = f"{weights.path} is for another network, {len(wrong)} tensors differ ({''.join(wrong[:1])})"
     require(not wrong, f"{other}: set model_name to that network's, or weights to another file")
     network.load_state_dict(state)

@@ -46,7 +46,8 @@ def read_content(path: Path) -> bytes:
 def read_png(path: Path, size: int) -> np.ndarray:
     """Return a picture, uint8 (size, size), padded with black to a square before it is resized."""
     picture = cv2.imdecode(np.frombuffer(read_content(path), np.uint8), cv2.IMREAD_GRAYSCALE)
-    require(picture is not None, f"{path} can't be decoded: delete it and run Step1_Image_Preprocessing.py")
+    if picture is None:
+        raise ValueError(f"{path} can't be decoded: delete it and run Step1_Image_Preprocessing.py")
     down, right = (max(picture.shape) - length for length in picture.shape)
     edges = (down // 2, down - down // 2, right // 2, right - right // 2)
     picture = cv2.copyMakeBorder(picture, *edges, cv2.BORDER_CONSTANT, value=0)
@@ -72,7 +73,7 @@ def augment(picture: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np
     shift = rng.uniform(-1, 1, 2) * recipe.shift
     left_right, up_down = rng.random(2) < 0.5
     matrix = cv2.getRotationMatrix2D(((columns - 1) / 2, (rows - 1) / 2), angle, zoom)
-    matrix[:, 2] += shift
+    matrix[:, 2] = matrix[:, 2] + shift
     picture = cv2.warpAffine(picture, matrix, (columns, rows), flags=cv2.INTER_LINEAR, borderValue=0)
     if left_right and "h" in recipe.flips:
         picture = picture[:, ::-1]

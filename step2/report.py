@@ -3,16 +3,18 @@
 A quick result is never mistaken for a B7 result: that line names profile, network, data and initial weights.
 """
 
+import io
 import json
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 from IPython.core.getipython import get_ipython
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 
 from step2.files import note_written, put_aside, write_atomically, write_csv
 from step2.settings import Settings
@@ -67,12 +69,11 @@ class Report:
         above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
         figure.text(0.5, above, title + self.level(), ha="center", va="bottom", weight="bold", size=12)
         figure.text(0.5, 1 + 0.08 / height, small, ha="center", va="bottom", size=8, color="#444444")
-        for ending in ("png", "svg"):
-            self.write(
-                f"{name}.{ending}",
-                lambda p, e=ending: figure.savefig(p, format=e, dpi=150, bbox_inches="tight"),
-            )
-        display(figure)
+        drawn = {ending: io.BytesIO() for ending in ("png", "svg")}
+        for ending, buffer in drawn.items():
+            figure.savefig(buffer, format=ending, dpi=150, bbox_inches="tight")
+            self.write(f"{name}.{ending}", buffer.getvalue())
+        display(Image(data=small_png(drawn["png"])))
         plt.close(figure)
 
     def table(self, table: pd.DataFrame, title: str) -> None:
@@ -90,14 +91,24 @@ class Report:
 
     def text(self, text: str, name: str) -> None:
         """Write Markdown to the results folder and show it."""
-        self.write(name, lambda p: p.write_text(text, encoding="utf-8"))
+        self.write(name, text.encode())
         display(Markdown(text))
 
     def json(self, content: dict, name: str) -> None:
         """Write a dict to the results folder."""
-        self.write(name, lambda p: p.write_text(json.dumps(content, indent=2), encoding="utf-8"))
+        self.write(name, json.dumps(content, indent=2).encode())
 
-    def write(self, name: str, write: Callable[[Path], object]) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Write a file of the results folder, whole or not at all."""
-        write_atomically(self.results / name, write)
+        write_atomically(self.results / name, lambda p: p.write_bytes(content))
         note_written(self.results, name)
+
+
+def small_png(drawn: IO[bytes]) -> bytes:
+    """Return a figure's PNG at 60 % of its size and in 128 colours, so that the notebook stays small."""
+    picture = PIL.Image.open(drawn).convert("RGB")
+    size = (round(0.6 * picture.width), round(0.6 * picture.height))
+    picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.quantize(128, dither=PIL.Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()

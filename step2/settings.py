@@ -13,8 +13,17 @@ from step2.variants import require
 
 FolderPath = Annotated[Path, Strict(False)]  # text will do
 ModelName = Literal[
-    *(f"efficientnet-b{i}" for i in range(9)), "efficientnet-narrow"  # type: ignore[valid-type]
-]  # fmt: skip
+    "efficientnet-b0",
+    "efficientnet-b1",
+    "efficientnet-b2",
+    "efficientnet-b3",
+    "efficientnet-b4",
+    "efficientnet-b5",
+    "efficientnet-b6",
+    "efficientnet-b7",
+    "efficientnet-b8",
+    "efficientnet-narrow",
+]
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {

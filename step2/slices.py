@@ -49,7 +49,8 @@ def read_slices(data: Path) -> Slices:
     known = bool((train["patient"] != "").all())
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
     columns = ["image", "label", "patient", "source"]
-    return Slices(*(part[columns].reset_index(drop=True) for part in (train, test)), left_out, known)
+    training, testing = (part[columns].reset_index(drop=True) for part in (train, test))
+    return Slices(training, testing, left_out, known)
 
 
 def _read_rows(path: Path) -> pd.DataFrame:

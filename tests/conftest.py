@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -66,19 +65,3 @@ def real_ct() -> Path:
     if not Path(folder).is_dir() or not folder:
         pytest.skip("ICH_REAL_CT names no folder of real CT slices")
     return Path(folder).resolve()
-
-
-def load_notebook(**parameters) -> dict:
-    """Return the namespace of the notebook's cells tagged imports, parameters and functions, run in order.
-
-    parameters: replaces values of the parameters cell, as papermill would.
-    """
-    notebook = nbformat.read(ROOT / "Step2_EfficientNet_Model.ipynb", as_version=4)
-    namespace = {"__name__": "notebook"}
-    for cell in notebook.cells:
-        tags = set(cell.metadata.get("tags", ()))
-        if cell.cell_type == "code" and tags & {"imports", "parameters", "functions"}:
-            exec(compile(cell.source, f"<notebook cell {cell.get('id')}>", "exec"), namespace)
-            if "parameters" in tags:
-                namespace.update(parameters)
-    return namespace

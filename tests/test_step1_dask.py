@@ -9,22 +9,18 @@ import time
 
 import pytest
 from conftest import plain_head, save_ct
+from distributed import Client
 
 import Step1_Image_Preprocessing as step1
 
-pytest.importorskip(
-    "distributed", reason='the optional extra is not installed: pip install "dask[distributed]"'
-)
-
 pytestmark = pytest.mark.processes
-WORKER = ["distributed.cli.dask_worker", "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+WORKER = ["distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
 
 
 @pytest.fixture
 def cluster(request, tmp_path):
-    """Yield a scheduler's address and the processes of its two workers (elsewhere: can't import Step 1)."""
-    from distributed import Client
-
+    """Yield a scheduler's address, its process, and its two workers' (elsewhere: can't import Step 1)."""
     folder = tmp_path if getattr(request, "param", "") == "elsewhere" else None
 
     def spawn(*arguments):
@@ -41,9 +37,9 @@ def cluster(request, tmp_path):
     workers = [spawn(*WORKER, address) for _ in range(2)]
     with Client(address, timeout="60s") as client:
         client.wait_for_workers(2, timeout=60)
-    yield address, workers
+    yield address, scheduler, workers
     for process in (*workers, scheduler):
-        process.terminate()
+        process.kill()
     for process in (*workers, scheduler):
         process.wait(20)
 
@@ -65,7 +61,7 @@ def run(raw, output, *options):
 
 
 def test_same_bytes_as_locally(cluster, raw):
-    address, _ = cluster
+    address, *_ = cluster
     status, pngs = run(raw, "remote", "--dask", address)
     assert status == 1  # bad.dcm
     assert len(pngs) == 40 * 7 + 1
@@ -81,21 +77,55 @@ def test_the_script_as_users_start_it(cluster, raw):
     assert len(list(out.rglob("*.png"))) == 40 * 7 + 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_worker_killed_midway_loses_nothing(cluster, raw, monkeypatch):
-    address, workers = cluster
-    record = step1.record
+def at_the_first_result(monkeypatch, act):
+    """Call act once, when Step 1 records its first result, and never again."""
+    record, actions = step1.record, [act]
 
-    def then_kill(ledger, source, fields):
-        if len(workers) == 2:
-            os.kill(workers.pop().pid, signal.SIGKILL)
+    def act_then_record(ledger, source, fields):
+        if actions:
+            actions.pop()()
         record(ledger, source, fields)
 
-    monkeypatch.setattr(step1, "record", then_kill)
+    monkeypatch.setattr(step1, "record", act_then_record)
+
+
+def send(sent, *processes):
+    for process in processes:
+        process.send_signal(sent)
+
+
+@posix
+def test_worker_killed_midway_loses_nothing(cluster, raw, monkeypatch):
+    address, _, workers = cluster
+    at_the_first_result(monkeypatch, lambda: send(signal.SIGKILL, workers[0]))
     status, pngs = run(raw, "remote", "--dask", address)
-    assert len(workers) == 1
-    monkeypatch.undo()
+    assert workers[0].wait(20) == -signal.SIGKILL
     assert (status, pngs) == run(raw, "local", "--jobs", "2")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("lost", "sent", "said"),
+    [
+        ("workers", signal.SIGKILL, "had no worker, or gave no answer, for 3 s: start what is missing"),
+        ("scheduler", signal.SIGSTOP, "had no worker, or gave no answer, for 3 s: start what is missing"),
+        ("scheduler", signal.SIGKILL, "is gone: start it and its workers again"),
+    ],
+    ids=["workers killed", "scheduler hangs", "scheduler killed"],
+)
+def test_a_lost_cluster_ends_the_run(cluster, raw, monkeypatch, capsys, lost, sent, said):
+    address, scheduler, workers = cluster
+    monkeypatch.setattr(step1, "DASK_PATIENCE_S", 3)
+    at_the_first_result(monkeypatch, lambda: send(sent, *(workers if lost == "workers" else [scheduler])))
+    started = time.monotonic()
+    assert run(raw, "remote", "--dask", address)[0] == 1
+    assert time.monotonic() - started < 30
+    errors = capsys.readouterr().err
+    assert f"error: stopped, the Dask scheduler {address} {said}; what was done stays" in errors
+    assert "Traceback" not in errors
+    monkeypatch.undo()
+    _, pngs = run(raw, "remote", "--jobs", "2")  # goes on
+    assert len(pngs) == 40 * 7 + 1
 
 
 def test_no_scheduler_is_a_usage_error(raw, capsys):
@@ -103,9 +133,3 @@ def test_no_scheduler_is_a_usage_error(raw, capsys):
     assert run(raw, "out", "--dask", "tcp://127.0.0.1:9")[0] == 2
     assert time.monotonic() - started < 30
     assert "no Dask scheduler" in capsys.readouterr().err
-
-
-def test_absent_extra_names_the_package(raw, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    assert run(raw, "out", "--dask", "tcp://127.0.0.1:9")[0] == 2
-    assert "dask[distributed]" in capsys.readouterr().err

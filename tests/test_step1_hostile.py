@@ -364,15 +364,15 @@ def pngs_of(raw, output="out"):
 
 def misbehaving(task, settings):
     """Stand in for step1.process in a worker: a decoder that crashes, hangs or eats memory on some files."""
+    replace = pytest.MonkeyPatch().setattr  # for the rest of the worker's life
     if task.source.endswith("03.dcm"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if task.source.endswith("05.dcm"):
         step1.TIME_LIMIT_S = 1
-        step1.pixel_array = lambda ds, decoding_plugin: ctypes.PyDLL(None).sleep(
-            60
-        )  # holds the interpreter lock
+        asleep = ctypes.PyDLL(None).sleep  # holds the interpreter lock
+        replace(step1, "pixel_array", lambda ds, decoding_plugin: asleep(60))
     if task.source.endswith("07.dcm"):
-        step1.pixel_array = lambda ds, decoding_plugin: np.ones(3 << 27)  # 3 GB
+        replace(step1, "pixel_array", lambda ds, decoding_plugin: np.ones(3 << 27))  # 3 GB
     return step1.process(task, settings)
 
 

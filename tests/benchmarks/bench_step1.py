@@ -160,6 +160,7 @@ def pydicom_matplotlib(paths: list[Path], out: Path) -> None:
 def dcmtk(paths: list[Path], out: Path) -> None:
     """DCMTK's converter, a process a file, with the header's first window."""
     program = shutil.which("dcm2img") or shutil.which("dcmj2pnm")
+    assert program, "DCMTK is not installed"
     for number, path in enumerate(paths):
         subprocess.run(
             [program, "+on", "+Wi", "1", str(path), str(out / f"{number}.png")], capture_output=True
@@ -168,7 +169,7 @@ def dcmtk(paths: list[Path], out: Path) -> None:
 
 def dicom2jpg(paths: list[Path], out: Path) -> None:
     """The package dicom2jpg, made for this."""
-    import dicom2jpg as package
+    import dicom2jpg as package  # type: ignore[import-not-found]
 
     for path in paths:
         package.dicom2png(str(path), target_root=str(out), multiprocessing=False)

@@ -1,4 +1,4 @@
-"""Time training steps of EfficientNet: as the library comes, each lever alone, the notebook's, and timm's.
+"""Time training steps of EfficientNet: as the library comes, each option alone, the notebook's, and timm's.
 
     python tests/benchmarks/bench_training.py                                    # B7 at 600 px on a CUDA GPU
     python tests/benchmarks/bench_training.py --model efficientnet-b0 --size 96 --batch 16 --steps 5   # a CPU
@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -26,25 +26,29 @@ import torch
 from efficientnet_pytorch import EfficientNet
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from conftest import load_notebook  # noqa: E402 - from the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from step2.pictures import Batches, Pictures, augment, make_loader, read_png
+from step2.settings import Settings, read_settings
+from step2.speed import choose_precision, choose_speed, measure_speed, why_not_compile
+from step2.training import Speed, Trainer, train_step
 
-LEVERS = ("SiLU", "bf16", "channels_last", "fused", "compile")
+OPTIONS = ("SiLU", "bf16", "channels_last", "fused", "compile")
 
 
-def plain_step(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, levers: set) -> Callable:
-    """Return a function that takes one step of a network with these levers, as any training loop would."""
-    if "channels_last" in levers:
+def plain_step(
+    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, options: set
+) -> Callable:
+    """Return a function that takes one step of a network with these options, as any training loop would."""
+    if "channels_last" in options:
         model = model.to(memory_format=torch.channels_last)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused="fused" in levers or None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused="fused" in options or None)
     model.train()
-    forward = torch.compile(model, dynamic=False) if "compile" in levers else model
+    forward = torch.compile(model, dynamic=False) if "compile" in options else model
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled="bf16" in levers):
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled="bf16" in options):
             loss = F.cross_entropy(forward(pictures), labels)
         loss.backward()
         optimizer.step()
@@ -52,60 +56,63 @@ def plain_step(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Ten
     return step
 
 
-def library_model(name: str, size: int, levers: set) -> torch.nn.Module:
-    """Return efficientnet_pytorch's network; its own memory-saving swish unless SiLU is among the levers."""
+def library_model(name: str, size: int, options: set) -> torch.nn.Module:
+    """Return efficientnet_pytorch's network; its own memory-saving swish unless SiLU is among the options."""
     model = EfficientNet.from_name(name, num_classes=6, image_size=size)
-    model.set_swish(memory_efficient="SiLU" not in levers)
+    model.set_swish(memory_efficient="SiLU" not in options)
     return model
 
 
-def notebook_step(args: argparse.Namespace, notebook: dict, device: torch.device) -> tuple[Callable, tuple]:
-    """Return the notebook's own step and the levers that it chose for it."""
+def benchmark_settings(args: argparse.Namespace) -> Settings:
+    """Return the full profile's settings, but for what was asked for."""
     given = {"model_name": args.model, "image_size": args.size, "batch_size": args.batch, "weights": "none"}
-    given |= dict.fromkeys(("epochs", "folds", "repeats", "processes", "workers", "cache"))
-    given |= {"seed": 0, "threads": torch.get_num_threads(), "mixed_precision": "auto"}
-    settings = notebook["resolve_settings"]("full", given, int(device.type == "cuda"))
-    precision, why = notebook["choose_precision"]("auto", device)
+    return read_settings({"profile": "full", "threads": torch.get_num_threads(), **given})
+
+
+def notebook_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable, Speed]:
+    """Return the notebook's own step and how it chose to compute it."""
+    settings = benchmark_settings(args)
     if device.type == "cuda":
-        base = notebook["Levers"](precision, False, True, False, args.batch, (why,))
-        levers = notebook["measure_levers"](settings, base, steps=10_000)
+        precision, why = choose_precision("auto", device)
+        base = Speed(precision, False, True, False, args.batch, (why,))
+        speed = measure_speed(settings, base, 10_000, device)
     else:
-        levers = notebook["choose_levers"](SimpleNamespace(settings=settings), device, precision, why)
-    trainer = notebook["Trainer"](settings, levers, 0.1)
+        speed = choose_speed(settings, 10_000, device)
+    trainer = Trainer(settings, speed, 0.1, device)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
-    return (lambda: notebook["train_step"](trainer, pictures, labels, 1e-6)), levers
+    return (lambda: train_step(trainer, pictures, labels, 1e-6)), speed
 
 
-def ways_to_train(args: argparse.Namespace, notebook: dict, device: torch.device) -> dict[str, Callable]:
+def ways_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, Callable]:
     """Return {name: function that makes a step}, made late: one network at a time is on the device."""
     pictures = torch.randn(args.batch, 3, args.size, args.size, device=device)
     labels = torch.arange(args.batch, device=device) % 6
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    usable = [lever for lever in LEVERS if lever != "bf16" or bf16]
-    if why := notebook["why_not_compile"]() if device.type == "cuda" else "measured on CUDA only":
+    usable = [option for option in OPTIONS if option != "bf16" or bf16]
+    if why := why_not_compile() if device.type == "cuda" else "measured on CUDA only":
         usable.remove("compile")
         print(f"torch.compile is left out: {why}")
 
-    def library(levers: set) -> Callable:
-        model = library_model(args.model, args.size, levers).to(device)
-        return plain_step(model, pictures, labels, levers)
+    def library(options: set) -> Callable:
+        model = library_model(args.model, args.size, options).to(device)
+        return plain_step(model, pictures, labels, options)
 
     ways = {"as it comes, fp32": lambda: library(set())}
-    ways |= {f"with {lever} alone": (lambda lever=lever: library({lever})) for lever in usable}
-    step, chosen = notebook_step(args, notebook, device)
-    print("the notebook's levers:", *chosen.reasons, sep="\n  ")
+    ways |= {f"with {option} alone": partial(library, {option}) for option in usable}
+    step, chosen = notebook_step(args, device)
+    print("the notebook's options:", *chosen.reasons, sep="\n  ")
     ways["the notebook"] = lambda: step
     try:
-        import timm
+        import timm  # type: ignore[import-not-found]
     except ImportError:
         print("timm is not installed: left out")
         return ways
     same = {"channels_last": chosen.channels_last, "fused": chosen.fused, "compile": chosen.compiled}
-    levers = {name for name, on in same.items() if on} | ({"bf16"} if chosen.precision == "bf16" else set())
+    options = {name for name, on in same.items() if on} | ({"bf16"} if chosen.precision == "bf16" else set())
     name = "tf_efficientnet_" + args.model.removeprefix("efficientnet-")
-    ways["timm, the notebook's levers"] = lambda: plain_step(
-        timm.create_model(name, num_classes=6).to(device), pictures, labels, levers
+    ways["timm, the notebook's options"] = lambda: plain_step(
+        timm.create_model(name, num_classes=6).to(device), pictures, labels, options
     )
     return ways
 
@@ -127,11 +134,6 @@ def images_per_s(step: Callable, images: int, count: int, device: torch.device) 
     return images * count / (time.perf_counter() - began)
 
 
-def loader_settings(args: argparse.Namespace, notebook: dict, workers: int) -> dict:
-    """Return the settings that the notebook's loader needs."""
-    return {**notebook["PROFILES"]["full"], "image_size": args.size, "workers": workers}
-
-
 def write_pictures(folder: Path, count: int) -> list[str]:
     """Write 512 x 512 PNGs of smooth noise, which compresses about as CT slices do; return their names."""
     rng, names = np.random.default_rng(0), [f"{number}.png" for number in range(count)]
@@ -141,10 +143,10 @@ def write_pictures(folder: Path, count: int) -> list[str]:
     return names
 
 
-def time_stages(args: argparse.Namespace, notebook: dict, paths: list[Path], device: torch.device) -> dict:
+def time_stages(args: argparse.Namespace, paths: list[Path], device: torch.device) -> dict:
     """Return images/s of each stage of loading, in one process."""
-    rng, settings = np.random.default_rng(0), loader_settings(args, notebook, 0)
-    pictures = [notebook["read_png"](path, args.size) for path in paths]
+    rng, settings = np.random.default_rng(0), benchmark_settings(args)
+    pictures = [read_png(path, args.size) for path in paths]
     batches = torch.from_numpy(np.stack(pictures)).split(args.batch)
     batches = [batch.pin_memory() for batch in batches] if device.type == "cuda" else []
 
@@ -154,9 +156,9 @@ def time_stages(args: argparse.Namespace, notebook: dict, paths: list[Path], dev
         torch.cuda.synchronize()
 
     stages = {
-        "read and decode": lambda: [notebook["read_png"](path, 512) for path in paths],
-        "the same and resize": lambda: [notebook["read_png"](path, args.size) for path in paths],
-        "augment": lambda: [notebook["augment"](picture, rng, settings) for picture in pictures],
+        "read and decode": lambda: [read_png(path, 512) for path in paths],
+        "the same and resize": lambda: [read_png(path, args.size) for path in paths],
+        "augment": lambda: [augment(picture, rng, settings) for picture in pictures],
     } | ({"transfer to the device": transfer} if batches else {})
     rates = {}
     for name, stage in stages.items():
@@ -166,7 +168,7 @@ def time_stages(args: argparse.Namespace, notebook: dict, paths: list[Path], dev
     return rates
 
 
-def time_loader(args: argparse.Namespace, notebook: dict, device: torch.device) -> dict[str, list[float]]:
+def time_loader(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """Return images/s of the loader: stage by stage, and whole with no worker process and with several."""
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -175,14 +177,13 @@ def time_loader(args: argparse.Namespace, notebook: dict, device: torch.device) 
         if args.workers:
             ways[f"loader, PNGs, {args.workers} workers"] = (args.workers, False)
         for _ in range(args.rounds):
-            stages = time_stages(args, notebook, [Path(folder) / image for image in images], device)
+            stages = time_stages(args, [Path(folder) / image for image in images], device)
             for name, rate in stages.items():
                 rates.setdefault(name, []).append(rate)
             for name, (workers, cached) in ways.items():
-                settings = loader_settings(args, notebook, workers)
-                pictures = notebook["Pictures"](Path(folder), images, settings, 0, cached)
-                batches = notebook["Batches"](np.arange(len(images)), args.batch, 0)
-                loader = notebook["make_loader"](pictures, batches, settings)
+                pictures = Pictures(Path(folder), images, benchmark_settings(args), 0, cached)
+                batches = Batches(np.arange(len(images)), args.batch, 0)
+                loader = make_loader(pictures, batches, workers)
                 for _ in loader:  # the first epoch starts the workers
                     pass
                 began = time.perf_counter()
@@ -201,15 +202,14 @@ def main() -> None:
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{name}, PyTorch {torch.__version__}, {args.model} at {args.size} px, batch {args.batch}")
-    notebook = load_notebook()
     rates: dict[str, list[float]] = {}
-    ways = {} if args.loader_only else ways_to_train(args, notebook, device)
+    ways = {} if args.loader_only else ways_to_train(args, device)
     for _ in range(args.rounds):
         for way, make in ways.items():
             step = make()
             rates.setdefault(way, []).append(images_per_s(step, args.batch, args.steps, device))
             del step
-    rates |= time_loader(args, notebook, device)
+    rates |= time_loader(args, device)
     base = statistics.median(rates["as it comes, fp32"]) if ways else math.nan
     print(f"{'images/s':34}{'median':>9}{'min':>9}{'max':>9}" + ("" if math.isnan(base) else f"{'ratio':>8}"))
     for way, values in rates.items():

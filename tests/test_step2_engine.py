@@ -1,0 +1,261 @@
+"""Who trains: one process, a Dask cluster here, one elsewhere; and what happens when processes are killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import ROOT
+from distributed import Client
+from distributed.scheduler import KilledWorker
+from jupyter_client.manager import start_new_kernel
+from step2_helpers import make_comparison_for, write_pictures
+
+from step2 import engine
+from step2.files import lock_results
+from step2.runs import Run, collect_predictions
+
+pytestmark = pytest.mark.processes
+EPOCHS = 12  # of 3 steps each: long enough to be killed in between
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from step2_helpers import make_comparison_for
+from step2.engine import train_all
+if __name__ == "__main__":
+    train_all(make_comparison_for(Path({data!r}), Path({results!r}), epochs={epochs}, processes=2))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data_preprocessing")
+    write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> pd.DataFrame:
+    """Return the predictions of all runs, trained in this process one after the other."""
+    comparison = make_comparison_for(data, tmp_path_factory.mktemp("undisturbed"), epochs=EPOCHS)
+    engine.train_all(comparison)
+    return collect_predictions(comparison)
+
+
+def same_table(data: Path, results: Path, undisturbed: pd.DataFrame) -> None:
+    """Check that all runs are there, and with the undisturbed predictions."""
+    table = collect_predictions(make_comparison_for(data, results, epochs=EPOCHS))
+    pd.testing.assert_frame_equal(table, undisturbed)
+
+
+def start_training(data: Path, results: Path, script: Path, epochs: int = EPOCHS) -> subprocess.Popen:
+    """Start a process that trains with two workers, and wait for the first checkpoint."""
+    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(data), "results": str(results)}
+    script.write_text(SCRIPT.format(**names, epochs=epochs))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_checkpoint(results)
+    return process
+
+
+def wait_for_checkpoint(results: Path) -> None:
+    """Wait until a run has a checkpoint."""
+    ends = time.monotonic() + 90
+    while not list(results.glob("runs/*/*/checkpoint.pt")):
+        assert time.monotonic() < ends, "no run came to its first checkpoint"
+        time.sleep(0.02)
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Return the processes that train for a notebook or script."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def is_there(process: psutil.Process) -> bool:
+    """Tell whether a process still runs."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+# ---------------------------------------- a cluster on this machine
+
+
+def test_two_processes_give_the_table_of_one(data, tmp_path, undisturbed):
+    engine.train_all(make_comparison_for(data, tmp_path, epochs=EPOCHS, processes=2))
+    same_table(data, tmp_path, undisturbed)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_killed_worker_costs_its_run_an_epoch(data, tmp_path, undisturbed):
+    process = start_training(data, tmp_path / "r", tmp_path / "train.py")
+    workers_of(process.pid)[0].kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+    same_table(data, tmp_path / "r", undisturbed)
+
+
+def test_everything_killed_goes_on_from_the_checkpoints(data, tmp_path, undisturbed):
+    process = start_training(data, tmp_path / "r", tmp_path / "train.py")
+    workers = workers_of(process.pid)
+    process.kill()
+    process.wait()
+    ends = time.monotonic() + 20
+    while any(is_there(worker) for worker in workers):
+        assert time.monotonic() < ends, "workers outlive what started them"
+        time.sleep(0.1)
+    engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=EPOCHS, processes=2))
+    same_table(data, tmp_path / "r", undisturbed)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_interrupted_kernel_stops_all_processes_and_leaves_none(data, tmp_path):
+    manager, client = start_new_kernel(cwd=str(ROOT))
+    try:
+        given = f"Path({str(data)!r}), Path({str(tmp_path / 'r')!r}), epochs=2000, processes=2"
+        code = f"""
+            import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+            from pathlib import Path; from step2_helpers import make_comparison_for
+            from step2.engine import train_all; train_all(make_comparison_for({given}))"""
+        client.execute(textwrap.dedent(code))
+        wait_for_checkpoint(tmp_path / "r")
+        workers = workers_of(manager.provisioner.pid)
+        assert workers
+        interrupted = time.monotonic()
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=30)["content"]
+        assert reply["ename"] == "KeyboardInterrupt"
+        assert time.monotonic() - interrupted < 10
+        assert not [worker for worker in workers if is_there(worker)]
+    finally:
+        manager.shutdown_kernel(now=True)
+        client.stop_channels()
+
+
+def test_wrong_picture_ends_all_runs_with_its_own_sentence(tmp_path):
+    write_pictures(tmp_path / "data")
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "r", processes=2)
+    (tmp_path / "data/1_ROI/TrainingData/subdural/1.0.png").write_bytes(b"damaged since")
+    with pytest.raises(ValueError, match=r"1\.0\.png is damaged: delete it, and run Step1"):
+        engine.train_all(comparison)
+
+
+def test_worker_that_the_system_keeps_killing_is_explained():
+    class Killed:
+        status = "error"
+
+        def result(self):
+            raise KilledWorker("train", None, 3)
+
+    with pytest.raises(
+        RuntimeError, match=r"1_ROI .* the system killed its worker 4 times, most often for want"
+    ):
+        engine.result_of(Killed(), Run("1_ROI", 1, 1))
+
+
+# ---------------------------------------- a cluster that is there
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Yield a scheduler's address, its process and its two workers, who can't import step2 by themselves."""
+
+    def spawn(*arguments):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+        return subprocess.Popen([sys.executable, "-m", *arguments, "--no-dashboard"], **quiet)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = spawn("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port)
+    worker = ("distributed.cli.dask_worker", address, "--nthreads", "1", "--memory-limit", "0", "--no-nanny")
+    workers = [spawn(*worker) for _ in range(2)]
+    with Client(address, timeout="60s", set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+    yield address, scheduler, workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+
+
+def test_cluster_gives_the_same_table(data, tmp_path, undisturbed, cluster):
+    engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=EPOCHS, cluster=cluster[0]))
+    same_table(data, tmp_path / "r", undisturbed)
+
+
+@pytest.mark.parametrize("lost", ["workers", "scheduler"])
+def test_lost_cluster_is_an_error_not_a_wait(data, tmp_path, cluster, monkeypatch, lost):
+    address, scheduler, workers = cluster
+    monkeypatch.setattr(engine, "PATIENCE_S", 2)
+    show = engine.Progress.show
+
+    def kill(progress):
+        if list((tmp_path / "r").glob("runs/*/*/checkpoint.pt")):
+            for process in workers if lost == "workers" else [scheduler]:
+                process.kill()
+        show(progress)
+
+    monkeypatch.setattr(engine.Progress, "show", kill)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"all Dask workers are gone|scheduler is gone"):
+        engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=2000, cluster=address))
+    assert time.monotonic() - began < 60
+
+
+def test_withdrawn_run_stops_on_a_cluster_too(data, tmp_path, cluster, monkeypatch):
+    """The notebook is interrupted: its runs end within a step, and the workers are free again."""
+
+    def interrupt(progress):
+        if list((tmp_path / "r").glob("runs/*/*/checkpoint.pt")):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Progress, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=2000, cluster=cluster[0]))
+    with Client(cluster[0], timeout="20s", set_as_default=False) as client:
+        ends = time.monotonic() + 10
+        while client.run(lambda dask_worker: len(dask_worker.state.executing)) and time.monotonic() < ends:
+            if not any(client.run(lambda dask_worker: len(dask_worker.state.executing)).values()):
+                return
+            time.sleep(0.2)
+    pytest.fail("the workers go on training")
+
+
+def test_scheduler_that_is_not_there_is_an_error(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "CONNECT_S", 3)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9 "):
+        engine.train_all(make_comparison_for(data, tmp_path, cluster="tcp://127.0.0.1:9"))
+    assert time.monotonic() - began < 30
+
+
+# ---------------------------------------- one notebook at a time
+
+
+def test_second_notebook_is_told_of_the_first_until_that_is_gone(tmp_path):
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import time; "
+    hold += f"from step2.files import lock_results; lock = lock_results(Path({str(tmp_path / 'r')!r})); "
+    first = subprocess.Popen(
+        [sys.executable, "-c", hold + "print('held', flush=True); time.sleep(60)"], stdout=-1
+    )
+    assert first.stdout is not None and first.stdout.readline().strip() == b"held"
+    with pytest.raises(
+        RuntimeError, match=rf"another notebook uses .*process {first.pid} on {socket.gethostname()}"
+    ):
+        lock_results(tmp_path / "r")
+    first.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    first.wait()
+    lock_results(tmp_path / "r").release()
+
+
+def test_same_notebook_may_start_again(tmp_path):
+    assert lock_results(tmp_path) is lock_results(tmp_path)

@@ -1,0 +1,33 @@
+"""Grad-CAM finds the pixels that a score depends on."""
+
+import numpy as np
+import torch
+from step2_helpers import make_settings
+
+from step2.explain import grad_cam
+from step2.network import build_network
+
+
+class Corner(torch.nn.Module):
+    """A network whose scores depend on the upper left corner of 12 x 12 pixels alone."""
+
+    def __init__(self):
+        super().__init__()
+        self._blocks = torch.nn.ModuleList([torch.nn.Conv2d(3, 1, 1, bias=False)])
+        torch.nn.init.ones_(self._blocks[0].weight)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self._blocks[0](pictures)[:, 0, :12, :12].mean((1, 2))[:, None].repeat(1, 6)
+
+
+def test_grad_cam_finds_the_pixels_that_the_class_depends_on():
+    white = torch.full((2, 1, 48, 48), 255, dtype=torch.uint8)
+    maps = grad_cam(Corner(), white, torch.tensor([0, 3]))
+    assert np.allclose(maps[:, :12, :12], 1) and (maps[:, 12:] == 0).all() and (maps[:, :, 12:] == 0).all()
+
+
+def test_grad_cam_of_a_real_network_is_a_map_from_0_to_1():
+    pictures = torch.randint(256, (3, 1, 96, 96), dtype=torch.uint8)
+    network = build_network(make_settings(image_size=96), 0.1)
+    maps = grad_cam(network, pictures, torch.tensor([0, 1, 2]))
+    assert maps.shape == (3, 96, 96) and maps.min() >= 0 and maps.max() <= 1

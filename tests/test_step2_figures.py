@@ -1,0 +1,82 @@
+"""Figures draw for few and many variants, and titles say what made them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from step2_helpers import ALL_VARIANTS, random_table
+
+from step2 import figures
+from step2.metrics import metric_table
+from step2.report import Report, make_caption
+from step2.settings import read_settings
+from step2.slices import Slices
+from step2.statistics import contrast_table
+
+
+@pytest.fixture(scope="module", params=[2, 7])
+def tables(request):
+    """Return predictions of so many variants, their metrics and their contrasts."""
+    table = random_table(24, 2, ALL_VARIANTS[: request.param], folds=3, repeats=2)
+    return table, metric_table(table, n_draws=60), contrast_table(table, n_draws=60)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda table, metrics, contrasts: figures.draw_forest(contrasts),
+        lambda table, metrics, contrasts: figures.draw_accuracy(table, metrics),
+        lambda table, metrics, contrasts: figures.draw_sensitivities(table, metrics),
+        lambda table, metrics, contrasts: figures.draw_confusions(table),
+        lambda table, metrics, contrasts: figures.draw_any_hemorrhage(table, metrics),
+        lambda table, metrics, contrasts: figures.draw_reliability(table, metrics),
+    ],
+    ids=["forest", "accuracy", "sensitivities", "confusions", "any_hemorrhage", "reliability"],
+)
+def test_figures_draw(tables, draw):
+    figure = draw(*tables)
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+# ---------------------------------------- titles and captions
+
+
+def some_slices_of(patients: list[str], patient_level: bool = True) -> Slices:
+    """Return a slice of each of these patients, in this order."""
+    return Slices(pd.DataFrame({"patient": patients}), pd.DataFrame({"patient": []}), {}, patient_level)
+
+
+def test_caption_says_profile_changes_network_data_and_weights():
+    settings, slices = read_settings({"profile": "quick", "epochs": 1}), some_slices_of(["a", "b", "b"])
+    caption = make_caption(settings, slices, np.zeros((1, 3)), "phantoms", "random initial weights")
+    assert caption.startswith("quick profile with epochs 1, efficientnet-narrow at ")
+    assert caption.endswith("px, 3 phantom slices of 2 patients, random initial weights")
+
+
+def test_caption_of_unchanged_profile_and_unknown_patients():
+    settings, slices = read_settings({"profile": "quick"}), some_slices_of(["a", "b"], False)
+    caption = make_caption(settings, slices, np.zeros((1, 2)), "", "ImageNet's initial weights")
+    assert caption.startswith("quick profile, efficientnet-narrow at ")
+    assert caption.endswith("px, 2 slices of an unknown number of patients, ImageNet's initial weights")
+
+
+def test_caption_of_a_single_split_says_what_was_tested():
+    settings, slices = read_settings({"profile": "quick", "folds": 1}), some_slices_of(["a", "b", "b"])
+    caption = make_caption(settings, slices, np.array([[1, 0, 0]]), "phantoms", "random initial weights")
+    assert "3 phantom slices of 2 patients, tested: 2 slices of 1 patients, random" in caption
+
+
+@pytest.mark.parametrize(
+    ("patient_level", "title"), [(True, "Accuracy"), (False, "Accuracy (slice-level, optimistic)")]
+)
+def test_titles_say_what_made_them_and_where_patients_are_missing(tmp_path, patient_level, title):
+    figure = plt.figure()
+    Report(tmp_path, "quick profile, 3 slices", patient_level, "identity").figure(figure, "Accuracy", "a")
+    assert [text.get_text() for text in figure.texts] == [title, "quick profile, 3 slices"]
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "a.svg").is_file()
+
+
+def test_table_is_printed_under_its_caption_outside_of_a_notebook(tmp_path, capsys):
+    Report(tmp_path, "quick profile", False, "identity").table(pd.DataFrame({"a": [1]}), "Folds")
+    assert capsys.readouterr().out.startswith("Folds (slice-level, optimistic): quick profile\n")

@@ -1,0 +1,78 @@
+"""Metrics of each variant, against scikit-learn and by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
+from step2_helpers import CLASSES, random_table
+
+from step2.metrics import (
+    auc_draws,
+    calibration_error,
+    concordance,
+    confusion_metrics,
+    metric_table,
+    worst_mistakes,
+)
+
+
+def test_metrics_agree_with_scikit_learn():
+    rows = random_table(60, 3, variants=["a"])
+    value = metric_table(rows, n_draws=50).set_index("metric")["value"]
+    p = rows[[f"p_{c}" for c in CLASSES]].to_numpy()
+    truth, answers = rows["label"].map(CLASSES.index), (rows["label"], rows["predicted"])
+    assert value["accuracy"] == pytest.approx((rows["label"] == rows["predicted"]).mean())
+    assert value["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(*answers))
+    assert value["macro_f1"] == pytest.approx(f1_score(*answers, average="macro"))
+    assert value["macro_auc"] == pytest.approx(roc_auc_score(truth, p, multi_class="ovr"))
+    assert value["log_loss"] == pytest.approx(log_loss(truth, p))
+    assert value["any_auc"] == pytest.approx(roc_auc_score(truth != 0, 1 - p[:, 0]))
+
+
+def test_auc_takes_weights_and_ties_like_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(5, size=80) / 5, rng.random(80) < 0.4
+    weights = rng.integers(4, size=(3, 80)).astype(float)
+    found, pairs = concordance(scores, positive, weights)
+    expected = [roc_auc_score(positive, scores, sample_weight=w) for w in weights]
+    assert np.allclose(found / pairs, expected)
+
+
+def test_auc_compares_within_folds_only():
+    """Two folds with perfect ranking each, on scales so different that pooling would spoil it."""
+    rows = pd.DataFrame({"repeat": 0, "fold": [0, 0, 1, 1]})
+    scores, positive = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, True, False, True])
+    assert auc_draws(rows, np.arange(4), scores, positive, np.ones((1, 4))) == 1.0
+    assert roc_auc_score(positive, scores) == 0.75
+
+
+def test_confusion_metrics_by_hand():
+    counts = np.zeros((1, 6, 6))
+    counts[0, 0, :2] = 3, 1  # healthy: 3 right, 1 called intraparenchymal
+    counts[0, 1, :2] = 2, 4  # intraparenchymal: 2 called healthy, 4 right
+    value = {name: v[0] for name, v in confusion_metrics(counts).items()}
+    assert value["accuracy"] == 0.7
+    assert value["any_sensitivity"] == pytest.approx(4 / 6)
+    assert value["any_specificity"] == pytest.approx(3 / 4)
+    assert value["sensitivity_intraparenchymal"] == pytest.approx(4 / 6)
+    assert value["specificity_intraparenchymal"] == pytest.approx(3 / 4)
+    assert value["balanced_accuracy"] == pytest.approx((3 / 4 + 4 / 6) / 2)
+    assert np.isnan(value["sensitivity_epidural"])
+
+
+def test_calibration_error_by_hand():
+    bins = np.zeros((1, 10, 3))
+    bins[0, 5], bins[0, 9] = (1, 2.2, 4), (6, 5.7, 6)  # right, sum of confidences, slices
+    assert calibration_error(bins) == pytest.approx((1.2 + 0.3) / 10)
+
+
+def test_worst_mistakes_are_wrong_sure_and_different_slices():
+    columns = ["variant", "image", "label", "predicted", *(f"p_{c}" for c in CLASSES)]
+    rows = [
+        ("a", "1", "healthy", "subdural", 0.1, 0, 0, 0, 0.9, 0),
+        ("b", "1", "healthy", "subdural", 0.2, 0, 0, 0, 0.8, 0),
+        ("a", "2", "healthy", "healthy", 1.0, 0, 0, 0, 0, 0),
+        ("a", "3", "subdural", "healthy", 0.95, 0, 0, 0, 0.05, 0),
+    ]
+    worst = worst_mistakes(pd.DataFrame(rows, columns=columns), 5)
+    assert list(zip(worst["variant"], worst["image"], strict=True)) == [("a", "3"), ("a", "1")]

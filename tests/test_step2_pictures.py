@@ -1,0 +1,157 @@
+"""PNGs, augmentation and batches: whole pictures only, chance that repeats, every slice once."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from step2_helpers import SIZE, make_settings, png, write_pictures
+
+from step2.pictures import (
+    Batches,
+    Pictures,
+    augment,
+    in_order,
+    make_loader,
+    pictures_digest,
+    read_content,
+    read_png,
+    steps_per_epoch,
+)
+from step2.slices import read_slices
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return a small output folder of Step 1."""
+    folder = tmp_path_factory.mktemp("data_preprocessing")
+    write_pictures(folder, variants=("1_ROI",))
+    return folder
+
+
+# ---------------------------------------- files
+
+
+@pytest.mark.parametrize("read", [lambda path: read_png(path, 64), read_content], ids=["picture", "content"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "text"])
+def test_damaged_png_is_named_and_refused(tmp_path, damage, read):
+    path = tmp_path / "slice.png"
+    whole = png(np.arange(64 * 64).reshape(64, 64).astype(np.uint8))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    content = {"truncated": whole[:-20], "flipped": bytes(flipped), "empty": b"", "text": b"<html>"}
+    if damage != "missing":
+        path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"slice\.png is (damaged|missing).* run Step1_Image_Prepro"):
+        read(path)
+
+
+def test_picture_that_is_no_square_is_padded_not_stretched(tmp_path):
+    path = tmp_path / "wide.png"
+    path.write_bytes(png(np.full((20, 40), 200, np.uint8)))
+    picture = read_png(path, 40)
+    assert picture.shape == (40, 40)
+    assert (picture[10:30] == 200).all() and (picture[:10] == 0).all() and (picture[30:] == 0).all()
+
+
+def test_digest_follows_names_and_bytes(tmp_path):
+    for name, grey in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        (tmp_path / name).write_bytes(png(np.full((4, 4), grey, np.uint8)))
+    names = (["a.png"], ["b.png"], ["c.png"], ["a.png", "b.png"], ["b.png", "a.png"])
+    assert len({pictures_digest(tmp_path, some) for some in names}) == 5
+    assert pictures_digest(tmp_path, ["a.png"]) == pictures_digest(tmp_path, ["a.png"])
+
+
+# ---------------------------------------- augmentation
+
+
+def plain_recipe(**given):
+    """Return a recipe without any augmentation but for what is given."""
+    return make_settings(**{"rotation": 0.0, "shift": 0.0, "zoom": 0.0, "flips": ""} | given)
+
+
+def some_picture() -> np.ndarray:
+    """Return grey noise without any black."""
+    return np.random.default_rng(0).integers(1, 255, (31, 31), np.uint8)
+
+
+def test_augmentation_of_nothing_changes_nothing():
+    assert np.array_equal(augment(some_picture(), np.random.default_rng(0), plain_recipe()), some_picture())
+
+
+def test_gaps_of_a_turned_picture_are_black():
+    white, recipe = np.full((31, 31), 255, np.uint8), plain_recipe(rotation=45.0)
+    turned = [augment(white, np.random.default_rng(seed), recipe) for seed in range(9)]
+    assert any(t[0, 0] == 0 for t in turned) and all(t[15, 15] == 255 for t in turned)
+
+
+@pytest.mark.parametrize(("flips", "expected"), [("", 1), ("h", 2), ("v", 2), ("hv", 4)])
+def test_pictures_are_flipped_in_all_ways_that_are_allowed(flips, expected):
+    picture, recipe = some_picture(), plain_recipe(flips=flips)
+    found = {augment(picture, np.random.default_rng(seed), recipe).tobytes() for seed in range(20)}
+    ways = {"": picture, "h": picture[:, ::-1], "v": picture[::-1], "hv": picture[::-1, ::-1]}
+    allowed = {np.ascontiguousarray(way).tobytes() for name, way in ways.items() if set(name) <= set(flips)}
+    assert found == allowed and len(found) == expected
+
+
+def test_augmentation_follows_from_seed_epoch_and_slice_alone(data):
+    recipe, images = make_settings(profile="full", image_size=SIZE), ["TrainingData/healthy/0.0.png"] * 2
+    first, second = (Pictures(data / "1_ROI", images, recipe, seed=1) for _ in range(2))
+    here = first[3, 0][0]
+    assert torch.equal(here, second[3, 0][0]) and torch.equal(first[None, 0][0], first[None, 1][0])
+    for epoch, index in ((4, 0), (3, 1), (None, 0)):
+        assert not torch.equal(here, first[epoch, index][0])
+    assert not torch.equal(here, Pictures(data / "1_ROI", images, recipe, seed=2)[3, 0][0])
+
+
+# ---------------------------------------- batches and loaders
+
+
+def test_batches_have_every_slice_once():
+    positions = np.arange(100, 160)
+    batches = Batches(positions, 16, seed=9)
+    batches.epoch = 1
+    listed = list(batches)
+    assert [len(batch) for batch in listed] == [15, 15, 15, 15]
+    assert sorted(index for batch in listed for epoch, index in batch if epoch == 1) == list(positions)
+
+
+def test_batches_repeat_but_differ_between_epochs_and_seeds():
+    orders = []
+    for seed, epoch in ((9, 0), (9, 0), (9, 1), (8, 0)):
+        batches = Batches(np.arange(60), 16, seed)
+        batches.epoch = epoch
+        orders.append([index for batch in batches for _, index in batch])
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] and orders[0] != orders[3]
+
+
+def test_incomplete_last_of_many_batches_is_dropped():
+    many = Batches(np.arange(1003), 8, seed=9)
+    assert len(many) == 125 and {len(batch) for batch in many} == {8}
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, 1), (8, 1), (9, 2), (159, 20), (160, 20), (167, 20)])
+def test_steps_of_an_epoch(count, steps):
+    assert steps_per_epoch(count, 8) == steps
+
+
+def test_batches_in_order_are_not_augmented():
+    assert in_order(np.array([5, 3, 4]), 2) == [[(None, 5), (None, 3)], [(None, 4)]]
+
+
+@pytest.mark.processes
+def test_cached_streamed_and_worker_loaded_pictures_are_the_same(data):
+    images = list(read_slices(data).training["image"])
+    pictures = [Pictures(data / "1_ROI", images, make_settings(image_size=40), 5, c) for c in (True, False)]
+    batches = Batches(np.arange(48), 8, 5)
+    loaders = [make_loader(p, batches, workers) for p, workers in zip(pictures, (0, 2), strict=True)]
+    for (first, i), (second, j) in zip(*loaders, strict=True):
+        assert torch.equal(first, second) and torch.equal(i, j)
+
+
+def test_loading_draws_nothing_from_the_generator_of_the_training(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((SIZE, SIZE), np.uint8))
+    pictures = Pictures(tmp_path, ["a.png"], make_settings())
+    before = torch.get_rng_state()
+    list(make_loader(pictures, [[(None, 0)]], 0))
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,142 @@
+"""Parameters of the notebook and the choice of variants: what is wrong gets a sentence on what to do."""
+
+import shutil
+
+import pytest
+from step2_helpers import VARIANTS, make_settings, write_pictures
+
+from step2.settings import read_settings
+from step2.variants import choose_variants
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return a small output folder of Step 1; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("data_preprocessing")
+    write_pictures(folder, per_class=1)
+    return folder
+
+
+# ---------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"folds": 0}, r"^folds = 0: should be .* equal to 1 \(1 is a single hold-out split\)$"),
+        ({"epochs": 2.5}, r"^epochs = 2\.5: should be a valid integer"),
+        ({"epochs": "2"}, r"^epochs = '2': should be a valid integer"),
+        ({"batch_size": True}, "^batch_size = True: should be a valid integer"),
+        ({"image_size": 16}, r"^image_size = 16: should be greater than or equal to 32 \(pixels\)$"),
+        ({"repeats": -1}, "^repeats = -1: should be greater than or equal to 1"),
+        ({"seed": "one"}, "^seed = 'one': should be a valid integer"),
+        ({"model_name": "resnet"}, "^model_name = 'resnet': should be 'efficientnet-b0', "),
+        (
+            {"weights": "nowhere.pt"},
+            "^weights = 'nowhere.pt': no such file; or choose of auto, imagenet, none$",
+        ),
+        ({"mixed_precision": "fp8"}, "^mixed_precision = 'fp8': should be 'auto', 'bf16', 'fp16' or 'no'$"),
+        ({"profile": "fast"}, "^profile = 'fast': choose of auto, full, quick$"),
+        ({"profile": 1}, "^profile = 1: choose of auto, full, quick$"),
+        ({"control_run": "false"}, "^control_run = 'false': should be a valid boolean$"),
+        ({"cluster": "nowhere"}, r"^cluster = 'nowhere': should match pattern .*tcp://scheduler:8786"),
+        ({"epoch": 3}, r"^epoch is no parameter of this notebook: did you mean epochs\?$"),
+        ({"quux": 3}, "^quux is no parameter of this notebook: choose of model_name, image_size, "),
+    ],
+)
+def test_wrong_parameter_gets_a_sentence(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_settings(**given)
+
+
+def test_every_wrong_parameter_is_named_at_once():
+    with pytest.raises(ValueError, match=r"^image_size = 1: .*\nepochs = 0: .*\nfolds = 0: "):
+        make_settings(folds=0, epochs=0, image_size=1)
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ValueError, match=r"^processes = 3, but there are 2 GPUs: set processes to 2$"):
+        read_settings({"weights": "none", "processes": 3}, gpus=2)
+
+
+def test_gpus_select_the_full_profile_and_a_process_each():
+    full = read_settings({}, gpus=2)
+    assert (full.profile, full.model_name, full.image_size) == ("full", "efficientnet-b7", 600)
+    assert (full.epochs, full.batch_size, full.processes) == (25, 8, 2)
+
+
+def test_no_gpu_selects_the_quick_profile():
+    assert read_settings({}, gpus=0).profile == "quick"
+
+
+def test_none_means_the_profiles_own_value():
+    assert read_settings({"profile": "full", "epochs": None, "folds": 3}).changed() == {"folds": 3}
+
+
+def test_names_that_are_older_than_the_parameters_are_no_parameters():
+    namespace = {"pd": None, "epoch": 1, "_": 2, "epochs": 3, "profile": "quick"}
+    assert read_settings(namespace, before=["pd", "epoch"]).epochs == 3
+    with pytest.raises(ValueError, match=r"epoch is no parameter .* did you mean epochs\?"):
+        read_settings(namespace, before=["pd"])
+
+
+# ---------------------------------------- variants
+
+
+@pytest.mark.parametrize("wanted", [None, "1, 0", ["1_ROI", "0_Dicom2PNG"], "0,1,1_ROI", (1, 0)])
+def test_variants_come_in_step_1_order(data, wanted):
+    assert choose_variants(wanted, data) == VARIANTS
+
+
+@pytest.mark.parametrize("wanted", [[1], 1, "1", "1_ROI"])
+def test_one_variant_is_chosen_by_name_or_number(data, wanted):
+    assert choose_variants(wanted, data) == ("1_ROI",)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ("0,7", "^variants: '7' unknown, choose of 0_Dicom2PNG"),
+        ("", "^variants: '' unknown, choose of 0_Dicom2PNG"),
+        ([], "^variants: the list is empty"),
+        (
+            "2",
+            r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --variants 2_ROI\+CLAHE$",
+        ),
+        (0.4, r"^variants = 0\.4: set folder names or their numbers, such as '0,2'$"),
+        ([0.4], r"^variants = \[0\.4\]: set folder names or their numbers"),
+        (True, "^variants = True: set folder names or their numbers"),
+    ],
+)
+def test_wrong_variants_get_a_sentence(data, wanted, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        choose_variants(wanted, data)
+
+
+def test_folder_without_a_manifest_is_refused(data):
+    with pytest.raises(ValueError, match=r"has no manifest\.csv: run Step1_Image_Preprocessing"):
+        choose_variants(None, data / "nowhere")
+
+
+def test_manifest_without_any_variant_is_refused(tmp_path):
+    write_pictures(tmp_path, variants=())
+    with pytest.raises(ValueError, match="has no variant folder with a TrainingData: run Step1_Image"):
+        choose_variants(None, tmp_path)
+
+
+@pytest.fixture
+def crowded(data, tmp_path):
+    """Return an output folder with a folder 4_Other beside 4_ROI+noblank."""
+    shutil.copytree(data, tmp_path / "data")
+    for variant in ("4_ROI+noblank", "4_Other"):
+        shutil.copytree(data / "1_ROI", tmp_path / "data" / variant)
+    return tmp_path / "data"
+
+
+def test_number_that_two_folders_share_is_refused(crowded):
+    with pytest.raises(ValueError, match=r"'4' may be 4_ROI\+noblank or 4_Other: write the whole name$"):
+        choose_variants("0,4", crowded)
+
+
+def test_folder_beside_step_1s_table_comes_last(crowded):
+    assert choose_variants("4_Other, 4_ROI+noblank", crowded) == ("4_ROI+noblank", "4_Other")

@@ -1,0 +1,144 @@
+"""Step 1's manifest: what is left out and counted, and that any other table is refused with a sentence."""
+
+import pytest
+from step2_helpers import CLASSES, write_pictures
+
+from step2.slices import count_classes, read_slices, what_pictures
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Return Step 1's manifest, which lies in tmp_path, as a table of texts."""
+    return write_pictures(tmp_path, variants=())
+
+
+def read_instead(folder, table):
+    """Replace the manifest by this table and read it."""
+    table.to_csv(folder / "manifest.csv", index=False)
+    return read_slices(folder)
+
+
+def test_blank_and_refused_slices_are_left_out_and_counted(manifest, tmp_path):
+    slices = read_slices(tmp_path)
+    assert (len(slices.training), len(slices.testing), slices.patient_level) == (48, 3, True)
+    assert list(slices.left_out.values()) == [1, 1]
+    assert not slices.training["image"].str.contains("blank|bad").any()
+
+
+@pytest.mark.parametrize(("no", "yes"), [("0.0", "1.0"), ("False", "TRUE"), ("false", " true "), ("0 ", "1")])
+def test_flags_are_understood_as_spreadsheets_write_them(manifest, tmp_path, no, yes):
+    slices = read_instead(tmp_path, manifest.replace({"blank": {"0": no, "1": yes}}))
+    assert (len(slices.training), slices.left_out["blank, no brain to see"]) == (48, 1)
+
+
+def test_flag_that_is_neither_yes_nor_no_is_refused(manifest, tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.csv: blank is \['maybe'\], neither 0 nor 1: run Step1"):
+        read_instead(tmp_path, manifest.replace({"blank": {"1": "maybe"}}))
+
+
+def test_manifest_that_knows_no_blank_slices_asks_for_a_roi_variant(manifest, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"manifest\.csv doesn't know which slices are blank: .* ROI variant"
+    ):
+        read_instead(tmp_path, manifest.assign(blank=""))
+
+
+@pytest.mark.parametrize("column", ["image", "split", "label", "status", "blank"])
+def test_missing_column_is_named(manifest, tmp_path, column):
+    with pytest.raises(ValueError, match=rf"manifest\.csv lacks the columns \['{column}'\]: run Step1"):
+        read_instead(tmp_path, manifest.drop(columns=column))
+
+
+@pytest.mark.parametrize(("column", "word"), [("status", "OK?"), ("split", "validation")])
+def test_unknown_word_is_named(manifest, tmp_path, column, word):
+    manifest.loc[5, column] = word
+    with pytest.raises(
+        ValueError, match=rf"manifest\.csv: {column} is \['{word[:3]}.*neither of .*run Step1"
+    ):
+        read_instead(tmp_path, manifest)
+
+
+def test_unknown_class_is_named(manifest, tmp_path):
+    manifest.loc[5, "label"] = "stroke"
+    with pytest.raises(ValueError, match=r"manifest\.csv has labels \['stroke'\]: the classes are healthy, "):
+        read_instead(tmp_path, manifest)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_fine(manifest, tmp_path):
+    expected = read_slices(tmp_path)
+    text = manifest.to_csv(index=False, lineterminator="\r\n")
+    (tmp_path / "manifest.csv").write_bytes(text.encode("utf-8-sig"))
+    found = read_slices(tmp_path)
+    assert found.training.equals(expected.training) and found.testing.equals(expected.testing)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", "image,split\n".encode("utf-16"), b"\x89PNG\r\n\x1a\n\xff", b'a,b\n"1,2\n']
+)
+def test_file_that_is_no_table_is_named(tmp_path, content):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"manifest\.csv (can't be read as a table|lacks the columns).*run Step1"
+    ):
+        read_slices(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.csv can't be read as a table .*: run Step1"):
+        read_slices(tmp_path)
+
+
+def test_image_in_two_rows_is_named(manifest, tmp_path):
+    manifest.loc[1, "image"] = manifest.loc[0, "image"]
+    with pytest.raises(
+        ValueError, match=r"manifest\.csv has more than one row for \['TrainingData/healthy/0\.0"
+    ):
+        read_instead(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("query", ["status == 'failed'", "split == 'test'", "blank == '1'", "image == ''"])
+def test_manifest_without_a_usable_slice_is_refused(manifest, tmp_path, query):
+    with pytest.raises(
+        ValueError, match=r"manifest\.csv has no usable slice of TrainingData: put some there"
+    ):
+        read_instead(tmp_path, manifest.query(query))
+
+
+# ---------------------------------------- patients
+
+
+def test_manifest_without_patients_is_slice_level(manifest, tmp_path):
+    slices = read_instead(tmp_path, manifest.drop(columns="patient"))
+    assert not slices.patient_level and slices.training["patient"].is_unique
+
+
+def test_one_slice_without_a_patient_makes_all_slice_level(manifest, tmp_path):
+    manifest.loc[3, "patient"] = ""
+    slices = read_instead(tmp_path, manifest)
+    assert not slices.patient_level and (slices.training["patient"] != "").all()
+    assert slices.warnings()[0].endswith("all results are slice-level, optimistic")
+
+
+def test_known_patients_on_one_side_are_no_reason_to_warn(manifest, tmp_path):
+    assert read_slices(tmp_path).warnings() == []
+
+
+def test_patient_in_training_and_testing_is_warned_of(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", "patient"] = "patient 0-0"
+    expected = ["1 patients are in TrainingData and TestingData: the test is optimistic"]
+    assert read_instead(tmp_path, manifest).warnings() == expected
+
+
+def test_slices_and_patients_of_each_class_are_counted(manifest, tmp_path):
+    counts = count_classes(read_slices(tmp_path))
+    assert counts.loc[list(CLASSES)].to_numpy().tolist() == [[8, 4]] * 6
+    assert counts.loc["together"].tolist() == [48, 24]
+
+
+def test_pictures_are_phantoms_only_where_all_come_from_their_folder(manifest, tmp_path):
+    slices = read_instead(tmp_path, manifest.assign(source="a.dcm"))
+    assert what_pictures("auto", tmp_path, slices) == ""
+    for name in ("a.dcm", "make_phantoms.py"):
+        (tmp_path / name).touch()
+    assert what_pictures("auto", tmp_path, slices) == "phantoms"
+    assert what_pictures("my scanner", tmp_path, slices) == "my scanner"

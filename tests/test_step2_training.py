@@ -1,0 +1,229 @@
+"""Training: batches in parts, memory that ends, how fast it computes, checkpoints, seeds."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictures
+
+from step2.files import write_sealed
+from step2.runs import Run
+from step2.speed import choose_precision, choose_speed, measure_speed, what_fits
+from step2.training import (
+    Speed,
+    Trainer,
+    load_checkpoint,
+    log_loss,
+    save_checkpoint,
+    save_weights,
+    train_step,
+)
+
+CPU = torch.device("cpu")
+
+
+def make_trainer(part: int = 7) -> Trainer:
+    """Return a trainer of a network without batch norm, whose gradients must not depend on the parts."""
+    trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU)
+    torch.manual_seed(0)
+    trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6))
+    trainer.forward = trainer.network
+    trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), lr=0.0, momentum=0.9)  # type: ignore[assignment]
+    return trainer
+
+
+def some_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return seven pictures and labels."""
+    torch.manual_seed(1)
+    pictures = torch.randint(256, (7, 1, SIZE, SIZE), dtype=torch.uint8)
+    return pictures, torch.arange(7) % 6
+
+
+# ---------------------------------------- steps
+
+
+def test_gradients_in_parts_are_those_of_the_whole_batch():
+    found = []
+    for part in (7, 3):
+        trainer = make_trainer(part)
+        loss = trainer.gradients(*some_batch())
+        found.append((loss, trainer.network[1].weight.grad))
+    assert torch.allclose(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+def test_batch_that_ends_the_memory_is_taken_in_halves():
+    small, plain = make_trainer(), make_trainer()
+
+    def scarce(pictures: torch.Tensor) -> torch.Tensor:
+        if len(pictures) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return small.network(pictures)
+
+    small.forward = scarce
+    losses = [train_step(trainer, *some_batch(), 1e-3) for trainer in (small, plain)]
+    assert small.part == 2 and plain.part == 7
+    assert torch.allclose(*losses)
+    assert torch.allclose(small.network[1].weight, plain.network[1].weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "shapes do not match"])
+def test_error_that_smaller_parts_do_not_cure_is_raised(message):
+    trainer = make_trainer(part=1)
+
+    def fail(pictures: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    trainer.forward = fail
+    with pytest.raises(RuntimeError, match=message):
+        train_step(trainer, *some_batch(), 1e-3)
+
+
+def test_log_loss_by_hand():
+    found = log_loss(np.array([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]]), np.array([0, 1, 0]))
+    assert found == pytest.approx((math.log(2) + math.log(4)) / 3)
+
+
+# ---------------------------------------- how fast
+
+
+def test_speed_on_a_cpu_is_fixed_and_gives_reasons(tmp_path):
+    speed = choose_speed(make_settings(results=tmp_path), 100, CPU)
+    assert (speed.precision, speed.compiled, speed.part) == ("no", False, 8)
+    assert len(speed.reasons) == 2 and all(":" in reason for reason in speed.reasons)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "bf16", "fp16", "no"])
+def test_precision_on_a_cpu_is_full(wanted):
+    precision, why = choose_precision(wanted, CPU)
+    assert precision == "no" and why == "fp32: mixed precision is for CUDA GPUs, this is cpu"
+
+
+@pytest.mark.parametrize("wanted", ["bf16", "fp16", "no"])
+def test_precision_on_a_gpu_is_the_one_asked_for(wanted):
+    assert choose_precision(wanted, torch.device("cuda")) == (wanted, f"{wanted}: asked for")
+
+
+BASE = Speed("bf16", False, True, False, 8, ("bf16: asked for",))
+
+
+@pytest.mark.parametrize(
+    ("steps", "compiled", "channels_last", "on"),
+    [(2000, 0.02, 0.05, (True, True)), (500, 0.02, 0.05, (True, False)), (2000, None, 0.2, (False, False))],
+)
+def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last, on):
+    def seconds(settings, speed, device):
+        if speed.compiled and compiled is None:
+            raise RuntimeError("no backend")
+        return (compiled, 20.0) if speed.compiled else (channels_last if speed.channels_last else 0.1, 0.0)
+
+    monkeypatch.setattr("step2.speed.time_steps", seconds)
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "")
+    speed = measure_speed(make_settings(), BASE, steps, CPU)
+    assert (speed.channels_last, speed.compiled) == on and speed.part == 8 and speed.precision == "bf16"
+    assert [reason.split(":")[0] for reason in speed.reasons] == [
+        *("bf16", "8 slices at a time", f"channels_last {'on' if on[0] else 'off'}"),
+        f"torch.compile {'on' if on[1] else 'off'}",
+    ]
+
+
+def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
+    def seconds(settings, speed, device):
+        if speed.part > 3 or speed.channels_last:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return 0.1, 0.0
+
+    monkeypatch.setattr("step2.speed.time_steps", seconds)
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "no compiler")
+    assert what_fits(make_settings(), BASE, CPU) == (replace(BASE, part=2), 0.1)
+    speed = measure_speed(make_settings(), BASE, 100, CPU)
+    assert (speed.part, speed.channels_last) == (2, False)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "no kernel image"])
+def test_network_that_can_not_be_timed_at_all_is_an_error(monkeypatch, message):
+    def fail(settings, speed, device):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("step2.speed.time_steps", fail)
+    with pytest.raises(RuntimeError, match=message):
+        measure_speed(make_settings(), BASE, 100, CPU)
+
+
+# ---------------------------------------- checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a trainer after a step, and its checkpoint."""
+    trainer, path = make_trainer(), tmp_path / "checkpoint.pt"
+    train_step(trainer, *some_batch(), 1e-3)
+    trainer.part = 3
+    save_checkpoint(path, trainer, [{"epoch": 1, "val_loss": 0.5}])
+    return trainer, path
+
+
+def test_checkpoint_brings_back_all_that_the_next_step_depends_on(saved):
+    trainer, path = saved
+    drawn, other = torch.rand(3), make_trainer()
+    assert load_checkpoint(path, other) == [{"epoch": 1, "val_loss": 0.5}]
+    assert torch.equal(torch.rand(3), drawn) and other.part == 3
+    for each in (trainer, other):
+        train_step(each, *some_batch(), 1e-3)
+    assert torch.equal(trainer.network[1].weight, other.network[1].weight)
+
+
+def test_missing_checkpoint_is_a_start_without_a_word(tmp_path, capsys):
+    assert load_checkpoint(tmp_path / "checkpoint.pt", make_trainer()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "foreign"])
+def test_damaged_checkpoint_is_named_and_the_run_starts_again(saved, capsys, damage):
+    path, whole = saved[1], bytearray(saved[1].read_bytes())
+    half = bytes(whole[: len(whole) // 2])
+    whole[-100] ^= 1
+    content = {"empty": b"", "half": half, "flipped": bytes(whole), "foreign": b"PK half a checkpoint"}
+    path.write_bytes(content[damage])
+    trainer = make_trainer()
+    before = trainer.network[1].weight.clone()
+    assert load_checkpoint(path, trainer) == []
+    assert torch.equal(trainer.network[1].weight, before)
+    assert capsys.readouterr().out == f"{path} is damaged: this run starts again at its first epoch\n"
+
+
+def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    write_sealed(tmp_path / "checkpoint.pt", (tmp_path / "evil.pt").read_bytes())
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load_checkpoint(tmp_path / "checkpoint.pt", make_trainer())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_kept_weights_are_halved_and_can_be_loaded(tmp_path):
+    trainer, other = make_trainer(), make_trainer()
+    save_weights(tmp_path / "last.pt", trainer.network)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (state["1.weight"].dtype, state["1.bias"].dtype) == (torch.float16, torch.float32)
+    other.network.load_state_dict(state)
+    assert torch.allclose(other.network[1].weight, trainer.network[1].weight, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------- seeds
+
+
+def test_same_seed_for_all_variants_and_another_for_the_control(tmp_path):
+    write_pictures(tmp_path, per_class=2)
+    comparison = make_comparison_for(tmp_path, tmp_path / "results")
+    assert comparison.seed(Run("a", 1, 1)) == comparison.seed(Run("b", 1, 1))
+    seeds = [comparison, replace(comparison, settings=comparison.settings.model_copy(update={"seed": 4}))]
+    places = itertools.product((1, 2), (1, 2), (False, True))
+    assert len({each.seed(Run("a", *place)) for place in places for each in seeds}) == 16
