@@ -39,7 +39,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
-from logging import NullHandler, getLogger
+from logging import CRITICAL, NullHandler, getLogger
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -1342,9 +1342,10 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
     """Run tasks on a Dask cluster that sees the same file system; a worker that dies loses nothing."""
     import cloudpickle  # here, as these take a second to import
     from distributed import Client
-    from distributed.client import ClosedClientError
     from distributed.scheduler import KilledWorker
 
+    for name in ("distributed.client", "tornado.application"):  # a lost cluster is one sentence, below
+        getLogger(name).setLevel(CRITICAL)
     if __name__ != "__main__":
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not have this file
     try:
@@ -1363,6 +1364,8 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
         workers = client.scheduler.ncores
 
         def submit(task: Task) -> Future:
+            if client.status == "closed":  # by itself, as the scheduler was lost since the last result
+                raise CancelledError
             return executor.submit(process, task, settings)
 
         def alive() -> bool:
@@ -1376,7 +1379,7 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
         except BrokenExecutor as err:
             lost = f"the Dask scheduler {address} had no worker, or gave no answer, for {DASK_PATIENCE_S} s"
             raise OSError(f"{lost}: start what is missing") from err
-        except (CancelledError, ClosedClientError) as err:
+        except CancelledError as err:
             raise OSError(f"the Dask scheduler {address} is gone: start it and its workers again") from err
 
 

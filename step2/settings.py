@@ -66,7 +66,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 class Recipe(BaseModel):
     """What decides a run's numbers, besides its pictures, its fold and its initial weights."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     model_name: ModelName
     image_size: int = Field(ge=32, le=2048, description="pixels")
@@ -150,6 +150,8 @@ def _sentence(wrong: dict[str, Any]) -> str:
         near = difflib.get_close_matches(name, Settings.model_fields, n=1)
         advice = f"did you mean {near[0]}?" if near else f"choose of {', '.join(Settings.model_fields)}"
         return f"{name} is no parameter of this notebook: {advice}"
+    if wrong["type"] == "path_type":
+        return f"{name} = {wrong['input']!r}: set the path of a folder, as text"
     note = Settings.model_fields[name].description
     should = wrong["msg"].removeprefix("Input ").removeprefix("String ")
     return f"{name} = {wrong['input']!r}: {should}{f' ({note})' if note else ''}"

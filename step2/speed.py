@@ -99,7 +99,7 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
 
 
 def what_fits(settings: Settings, base: Speed, device: torch.device) -> tuple[Speed, float]:
-    """Return base with as many slices at a time as fit into memory, and the seconds of such a step."""
+    """Return base with its slices at a time halved until they fit, and the seconds of such a step."""
     while True:
         try:
             return base, time_steps(settings, base, device)[0]

@@ -36,7 +36,7 @@ def headline(table: pd.DataFrame) -> str:
     """Return the answer in a sentence or two, from the primary contrasts alone."""
     primary = table[table["kind"] == "primary"]
     if primary.empty:
-        return f"Without {BASELINE} and another variant, none of the declared comparisons could be made."
+        return f"Without {BASELINE} and another variant, no comparison against it could be made."
     if primary["ci_low"].isna().all():
         return f"Whether any variant differs from {BASELINE} is not estimable from these data."
     clear = [row["verdict"] for _, row in primary.iterrows() if is_significant(row)]
