@@ -1,7 +1,8 @@
 """Every figure: tables in, figure out; nothing is written here. Uses matplotlib."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pandas as pd
 from step2.bootstrap import MIN_PATIENTS
 from step2.metrics import (
     GRID,
-    confusion_percent,
-    mean_curves,
+    confusion_counts,
+    mean_curve,
     metric_of,
     patient_counts,
     reliability,
@@ -21,7 +22,7 @@ from step2.metrics import (
 )
 from step2.pictures import Pictures, read_png
 from step2.settings import Settings
-from step2.statistics import EQUIVALENCE, find_noise_floor, in_points
+from step2.statistics import EQUIVALENCE, in_points
 from step2.variants import BASELINE, CHANCE, CLASSES, VARIANTS
 
 # Okabe and Ito's colours, then Tol's muted ones for further variants
@@ -109,16 +110,24 @@ def draw_rates(rates: Sequence[float], epochs: int) -> plt.Figure:
 
 
 def draw_curve(axis: plt.Axes, runs: pd.DataFrame, column: str, color: str, label: str) -> None:
-    """Draw a column by epoch: a thin line for each fold, a thick one for their mean."""
+    """Draw a column by epoch: a thin line for each fold, a thick one for their mean, its last value."""
+    runs = runs.dropna(subset=column)
     for _, fold in runs.groupby(["repeat", "fold"]):
         axis.plot(fold["epoch"], fold[column], color=color, lw=0.6, alpha=0.4)
     mean = runs.groupby("epoch")[column].mean()
     axis.plot(mean.index, mean, color=color, lw=1.8, label=label)
+    axis.annotate(f"{mean.iloc[-1]:.2f}", (mean.index[-1], mean.iloc[-1]), xytext=(2, 0), color=color,
+                  textcoords="offset points", fontsize=7, va="center", annotation_clip=False)  # fmt: skip
     axis.grid(alpha=0.3)
 
 
-def draw_learning(history: pd.DataFrame, variants: Sequence[str]) -> plt.Figure:
-    """Draw loss above and accuracy below, a column for each variant; the control is not shown."""
+def draw_learning(
+    history: pd.DataFrame, variants: Sequence[str], learning: Collection[str] = ()
+) -> plt.Figure:
+    """Draw loss above and accuracy below, a column for each variant; the control is not shown.
+
+    learning: the variants that did not converge, which their titles say.
+    """
     inches = (1.55 * len(variants) + 1.2, 3.8)
     how: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
     figure, axes = plt.subplots(2, len(variants), figsize=inches, **how)
@@ -126,10 +135,12 @@ def draw_learning(history: pd.DataFrame, variants: Sequence[str]) -> plt.Figure:
         runs = history[(history["variant"] == variant) & ~history["control"].astype(bool)]
         draw_curve(loss, runs, "train_loss", "#999999", "training")
         draw_curve(loss, runs, "val_loss", "#D55E00", "held out")
+        draw_curve(accuracy, runs, "train_accuracy", "#999999", "training")
         draw_curve(accuracy, runs, "val_accuracy", "#0072B2", "held out")
-        accuracy.axhline(CHANCE, color="#555555", ls=":", lw=1, label="chance")
-        accuracy.set(ylim=(0, 1), xlabel="epoch")
-        loss.set_title(in_lines(variant), size=8)
+        loss.axhline(-math.log(CHANCE), color="#555555", ls=":", lw=1, label="guessing")
+        accuracy.axhline(CHANCE, color="#555555", ls=":", lw=1, label="guessing")
+        accuracy.set(ylim=(0, 1.03), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
+        loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
     axes[0, 0].set(ylabel="log loss", ylim=(0, min(history["val_loss"].max() * 1.05, 4)))
     axes[1, 0].set(ylabel="accuracy")
     for axis in axes[:, 0]:
@@ -166,24 +177,25 @@ def draw_contrast(axis: plt.Axes, y: float, row: pd.Series) -> None:
     axis.text(1.52, y, p, transform=beyond, ha="right", va="center", fontsize=9)
 
 
-def draw_bands(axis: plt.Axes, floor: float) -> None:
-    """Shade the equivalence band and the noise floor; floor: accuracy, NaN without an A/A control."""
-    band = 100 * EQUIVALENCE
-    if np.isfinite(floor):
-        shown = f"noise floor \N{PLUS-MINUS SIGN}{100 * floor:.1f}: 95 % interval of the A/A control"
-        axis.axvspan(-100 * floor, 100 * floor, fc="none", ec="#bbbbbb", hatch="///", lw=0, label=shown)
-    shown = f"equivalence band: \N{PLUS-MINUS SIGN}{band:.0f} point"
-    axis.axvspan(-band, band, color="#56B4E9", alpha=0.45, lw=0, label=shown)
+def draw_bands(axis: plt.Axes, table: pd.DataFrame, margin: float) -> None:
+    """Shade what training again alone may move, and the equivalence band where an interval could fit in it."""
+    noise, band = 100 * table["seed_noise"].max(), 100 * margin
+    if noise > 0:
+        shown = f"\N{PLUS-MINUS SIGN}{noise:.1f}: SD of a difference that training again alone would make"
+        axis.axvspan(-noise, noise, fc="none", ec="#bbbbbb", hatch="///", lw=0, label=shown)
+    if ((table["ci_high"] - table["ci_low"]) <= 2 * margin).any():
+        shown = f"equivalence band: \N{PLUS-MINUS SIGN}{band:g}"
+        axis.axvspan(-band, band, color="#56B4E9", alpha=0.45, lw=0, label=shown)
     axis.axvline(0, color="black", lw=1)
 
 
-def draw_forest(table: pd.DataFrame) -> plt.Figure:
+def draw_forest(table: pd.DataFrame, margin: float = EQUIVALENCE) -> plt.Figure:
     """Return the forest plot of all contrasts, in the order of their declaration."""
     lines = forest_lines(table)
     height = 1.3 + 0.32 * (lines[-1][0] + 1.5)
     figure, axis = plt.subplots(figsize=(10.5, height))
     figure.subplots_adjust(left=0.27, right=0.69, bottom=1.0 / height, top=1 - 0.1 / height)
-    draw_bands(axis, find_noise_floor(table))
+    draw_bands(axis, table, margin)
     beside: dict[str, Any] = {"ha": "right", "va": "center", "weight": "bold"}
     beside["transform"] = axis.get_yaxis_transform()
     for y, heading, row in lines:
@@ -199,14 +211,34 @@ def draw_forest(table: pd.DataFrame) -> plt.Figure:
     axis.margins(x=0.08)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.55 / (height - 1.1)), ncols=2, frameon=False, fontsize=9
-    )
+    if axis.get_legend_handles_labels()[0]:
+        beneath = (0.5, -0.55 / (height - 1.1))
+        axis.legend(loc="upper center", bbox_to_anchor=beneath, ncols=2, frameon=False, fontsize=9)
     return figure
 
 
-def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame) -> plt.Figure:
-    """Return a plot of accuracy in %, a line per variant: marker and interval, fold dots, chance."""
+def draw_pairs(pairs: pd.DataFrame) -> plt.Figure:
+    """Return the effect of each step, a panel for each, in each pair of variants that differ by it alone."""
+    steps = list(dict.fromkeys(pairs["step"]))
+    figure, axes = panels(len(steps), 4, (3.1, 2.6), sharey=True)
+    for axis, (step, rows) in zip(axes, pairs.groupby("step", sort=False), strict=True):
+        x, low, high = np.arange(len(rows)), *(100 * rows[end] for end in ("ci_low", "ci_high"))
+        axis.vlines(x, low, high, color="#0072B2", lw=2)
+        axis.plot(x, 100 * rows["difference"], "o-", color="#0072B2", lw=0.8, ms=6)
+        axis.axhline(0, color="black", lw=1)
+        axis.set_xticks(x, [f"on top of\n{in_lines(b)}" for b in rows["b"]], fontsize=7)
+        axis.set(xlim=(-0.6, len(rows) - 0.4))
+        axis.set_title(textwrap.fill(str(step), 30), size=9)
+        axis.grid(axis="y", alpha=0.3)
+    figure.supylabel("effect on accuracy, points", size=10)
+    return figure
+
+
+def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collection[str] = ()) -> plt.Figure:
+    """Return a plot of accuracy in %, a line per variant: marker and interval, fold dots, chance.
+
+    best: variants that may be the best; their markers are filled, the others' hollow.
+    """
     names = list(dict.fromkeys(predictions["variant"]))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(names)))
     colors = variant_colors(names)
@@ -215,13 +247,19 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame) -> plt.Figur
     for y, name in enumerate(names):
         value, low, high = metric_of(metrics, name, "accuracy")
         fold_means = right[right["variant"] == name].groupby(["repeat", "fold"])["right"].mean()
-        dots = np.full(len(fold_means), y + 0.22)
+        dots = y + 0.24 + 0.05 * fold_means.groupby(fold_means).cumcount().to_numpy()  # equal ones apart
         axis.plot(100 * fold_means, dots, "o", color="#888888", ms=3.5, label="" if y else "one fold")
         axis.plot([100 * low, 100 * high], [y, y], color=colors[name], lw=2.5, solid_capstyle="butt")
-        axis.plot(100 * value, y, "s", color=colors[name], ms=8, label="" if y else "all, 95 % CI")
-        text = with_interval(value, low, high)
+        fill, mark = (colors[name], " \N{BLACK STAR}") if name in best else ("white", "")
+        axis.plot(100 * value, y, "s", color=colors[name], mfc=fill, mew=2, ms=8)
+        text = with_interval(value, low, high) + mark
         axis.text(1.03, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+    if BASELINE in names:
+        reference = 100 * metric_of(metrics, BASELINE, "accuracy")[0]
+        axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=f"{BASELINE}")
     axis.axvline(100 * CHANCE, color="black", ls="--", lw=1, label="chance")
+    if best:
+        axis.plot([], [], "s", color="#555555", ms=7, label="\N{BLACK STAR} may be best")
     axis.set_yticks(range(len(names)), names)
     axis.set(xlim=(0, 100), ylim=(len(names) - 0.4, -0.6), xlabel="held-out accuracy, %")
     axis.grid(axis="x", alpha=0.3)
@@ -255,55 +293,64 @@ def draw_sensitivities(
     return figure
 
 
-def draw_confusions(predictions: pd.DataFrame) -> plt.Figure:
-    """Return the confusion matrices of all variants, at most four in a row."""
-    groups = list(predictions.groupby("variant", sort=False))
-    figure, axes = panels(len(groups), 4, (3.0, 3.0))
-    for axis, (name, rows) in zip(axes, groups, strict=True):
-        percent = confusion_percent(rows)
-        image = axis.imshow(percent, cmap="cividis", vmin=0, vmax=100)
-        for (y, x), value in np.ndenumerate(percent):
-            text = "\N{EN DASH}" if np.isnan(value) else f"{value:.0f}"
+def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
+    """Return the confusion matrices of two variants, in slices, and second minus first; of one, its own."""
+    counts = [confusion_counts(predictions[predictions["variant"] == name]) for name in shown]
+    drawn = list(zip(shown, counts, strict=True))
+    if len(shown) == 2:
+        drawn.append((f"{shown[1]}\nminus {shown[0]}", counts[1] - counts[0]))
+    figure, axes = panels(len(drawn), 3, (3.6, 3.6))
+    for axis, (name, count) in zip(axes, drawn, strict=True):
+        totals = counts[0].sum(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            percent = 100 * count / totals
+        look: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 100}
+        if (count < 0).any():
+            look = {"cmap": "RdBu", "vmin": -60, "vmax": 60}
+        axis.imshow(percent, **look)
+        for (y, x), value in np.ndenumerate(count):
+            dark = percent[y, x] > 55 or "minus" in name
             axis.text(
-                x, y, text, ha="center", va="center", fontsize=7, color="black" if value > 55 else "white"
+                x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=("white", "black")[dark]
             )
         axis.set_title(name, size=9)
         axis.set_xticks(range(len(CLASSES)), SHORT.values(), rotation=45, size=8)
         axis.set_yticks(range(len(CLASSES)), SHORT.values(), size=8)
         axis.set(xlabel="predicted", ylabel="true", facecolor="#999999")
-    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.6 if len(groups) > 4 else 0.8)
     return figure
 
 
-def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame) -> plt.Figure:
-    """Return ROC (left) and precision-recall (right) curves of any hemorrhage, with the AUCs as legend."""
-    figure, (roc, recall) = plt.subplots(1, 2, figsize=(10.5, 4.9), layout="constrained")
-    colors = variant_colors(list(dict.fromkeys(predictions["variant"])))
-    for i, (name, rows) in enumerate(predictions.groupby("variant", sort=False)):
-        sensitivity, precision = mean_curves(rows)
-        auc = with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2)
-        look = {"color": colors[name], "ls": LINE_STYLES[i % len(LINE_STYLES)], "lw": 1.8}
-        roc.plot(GRID, sensitivity, label=f"{name}: AUC {auc}", **look)
-        recall.plot(GRID, precision, **look)
-    share = (predictions["label"] != "healthy").mean()
+def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
+    """Return the AUC of any hemorrhage of each variant with its interval (left), and ROC curves (right).
+
+    shown: the variants whose curves are drawn.
+    """
+    names = list(dict.fromkeys(predictions["variant"]))
+    figure, (auc, roc) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    colors = variant_colors(names)
+    for y, name in enumerate(names):
+        value, low, high = metric_of(metrics, name, "any_auc")
+        auc.plot([low, high], [y, y], color=colors[name], lw=2.5, solid_capstyle="butt")
+        auc.plot(value, y, "s", color=colors[name], ms=8)
+        text = with_interval(value, low, high, scale=1, digits=2)
+        auc.text(1.02, y, text, transform=auc.get_yaxis_transform(), va="center", fontsize=8)
+    auc.axvline(0.5, color="black", ls="--", lw=1)
+    auc.set_yticks(range(len(names)), names)
+    auc.set(ylim=(len(names) - 0.4, -0.6), xlabel="AUC, any hemorrhage (95 % CI); dashed: chance")
+    for i, name in enumerate(shown):
+        curve = mean_curve(predictions[predictions["variant"] == name])
+        roc.plot(GRID, curve, label=name, color=colors[name], ls=LINE_STYLES[i % len(LINE_STYLES)], lw=1.8)
     roc.plot([0, 1], [0, 1], color="black", lw=0.8, label="chance")
-    recall.axhline(share, color="black", lw=0.8)
-    recall.text(0.01, share, f"chance, {100 * share:.0f} % bleed", fontsize=8, va="bottom")
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", ylim=(0, 1.02), xlim=(0, 1))
-    recall.set(
-        xlabel="sensitivity (recall)", ylabel="precision", ylim=(min(share - 0.1, 0.5), 1.02), xlim=(0, 1)
-    )
-    for axis in (roc, recall):
+    roc.legend(fontsize=8, loc="lower right")
+    for axis in (auc, roc):
         axis.grid(alpha=0.3)
-    figure.legend(
-        *roc.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
-    )
     return figure
 
 
-def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame) -> plt.Figure:
-    """Return reliability curves, a panel per variant, at most four in a row."""
-    groups = list(predictions.groupby("variant", sort=False))
+def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
+    """Return reliability curves of some variants, a panel each, at most four in a row."""
+    groups = [(name, predictions[predictions["variant"] == name]) for name in shown]
     figure, axes = panels(len(groups), 4, (2.8, 2.8), sharex=True, sharey=True)
     colors = variant_colors([name for name, _ in groups])
     for axis, (name, rows) in zip(axes, groups, strict=True):

@@ -4,9 +4,12 @@ Confusion counts, log loss and calibration sums are added up per patient, a repe
 fraction of it. AUC compares pairs of images within one fold only, as scores of two networks share no scale.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
-from sklearn.metrics import precision_recall_curve, roc_curve
+from scipy import special, stats
+from sklearn.metrics import roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
 from step2.bootstrap import (
@@ -18,16 +21,25 @@ from step2.bootstrap import (
     sum_by_patient,
     t_interval,
 )
+from step2.estimates import Estimates, combine, find_cells, mean_estimates, paired_correctness
 from step2.variants import CLASSES
 
+Ranked = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # such as concordance
 METRIC_DRAWS = 1_000  # their intervals need the standard error alone
 CALIBRATION_BINS = 10
+SPECIFICITY = 0.9  # at which sensitivities are compared
 GRID = np.linspace(0, 1, 201)  # of false positive rates and sensitivities, on which curves are averaged
 
 
 def metric_table(predictions: pd.DataFrame, n_draws: int = METRIC_DRAWS, seed: int = 0) -> pd.DataFrame:
-    """Return DataFrame (variant, metric, value, ci_low, ci_high) of all metrics; NaN is not estimable."""
+    """Return DataFrame (variant, metric, value, ci_low, ci_high) of all metrics; NaN is not estimable.
+
+    Intervals of accuracy and of the AUC of any hemorrhage hold patients and trainings, the others patients.
+    """
     counts, table = patient_counts(predictions), []
+    correct, cells = paired_correctness(predictions)
+    both = {"accuracy": mean_estimates(list(correct), correct.to_numpy(), cells, n_draws, seed)}
+    both["any_auc"] = ranking_estimates(predictions, concordance, n_draws, seed)
     for variant, rows in predictions.groupby("variant", sort=False):
         rows = rows.reset_index(drop=True)
         codes = pd.factorize(patient_ids(rows))[0]
@@ -35,7 +47,10 @@ def metric_table(predictions: pd.DataFrame, n_draws: int = METRIC_DRAWS, seed: i
         blocks = [metric_draws(rows, codes, tables, w) for w in bootstrap_weights(n, n_draws, seed)]
         for metric, value in metric_draws(rows, codes, tables, np.ones((1, n))).items():
             draws = np.concatenate([block[metric] for block in blocks])
-            ends = metric_interval(metric, value[0], draws, patients_behind(metric, counts))
+            behind = patients_behind(metric, counts)
+            ends = metric_interval(metric, value[0], standard_error(draws, behind), behind)
+            if metric in both and np.isfinite(ends).all() and 0 < value[0] < 1:
+                ends = interval_of(both[metric], str(variant), logit=metric == "any_auc")
             table.append((variant, metric, value[0], *ends))
     return pd.DataFrame(table, columns=["variant", "metric", "value", "ci_low", "ci_high"])
 
@@ -145,7 +160,59 @@ def auc_draws(
         return found / pairs
 
 
-def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: int) -> tuple[float, float]:
+def interval_of(found: Estimates, variant: str, logit: bool) -> tuple[float, float]:
+    """Return a variant's 95 % interval, of a proportion within 0 and 1; on the logit scale where asked for."""
+    at = found.names.index(variant)
+    value = found.values[at]
+    *errors, freedom = found.errors(np.eye(len(found.names))[at])
+    half = stats.t.ppf(1 - ALPHA / 2, freedom) * np.hypot(*errors)
+    if not logit:
+        return max(value - half, 0.0), min(value + half, 1.0)
+    low, high = special.expit(special.logit(value) + np.array([-1, 1]) * half / (value * (1 - value)))
+    return float(low), float(high)
+
+
+def sensitivity_at_90(
+    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight of positives above the lowest threshold of 90 % specificity, and of all, float (draws,).
+
+    Arguments as for concordance.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]  # thresholds lie between values
+    false, true = (np.cumsum(weights[:, order] * is_[order], axis=1) for is_ in (~positive, positive))
+    allowed = (1 - SPECIFICITY) * false[:, -1:] + 1e-9
+    count = (false[:, ends] <= allowed).sum(axis=1)
+    found = np.column_stack([np.zeros(len(weights)), true[:, ends]])
+    return found[np.arange(len(weights)), count], true[:, -1]
+
+
+def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: int) -> Estimates:
+    """Return the estimates of a measure of how bleeds are ranked above healthy slices, cell by cell.
+
+    Scores of two networks share no scale, so slices are ranked within one repeat and fold only.
+    """
+    names = list(dict.fromkeys(rows["variant"]))
+    where = find_cells(rows)
+    score, bleed = 1 - rows["p_healthy"].to_numpy(float), (rows["label"] != "healthy").to_numpy()
+    variant = rows["variant"].map(names.index).to_numpy()
+    places = where.shape[0] * where.shape[1]
+    parts = [
+        np.flatnonzero((variant == v) & (where.cell == c)) for v in range(len(names)) for c in range(places)
+    ]
+
+    def quotient(weights: np.ndarray) -> np.ndarray:
+        found = [measure(score[part], bleed[part], weights[:, where.codes[part]]) for part in parts]
+        return np.array(found).transpose(2, 1, 0).reshape(len(weights), 2, len(names), *where.shape)
+
+    draws = np.concatenate([quotient(w) for w in bootstrap_weights(where.patients, n_draws, seed)])
+    counts = patient_counts(rows)
+    behind = min(counts["healthy"], counts["bleeding"])
+    return combine(names, quotient(np.ones((1, where.patients)))[0], draws, behind)
+
+
+def metric_interval(metric: str, value: float, error: float, n_patients: int) -> tuple[float, float]:
     """Return the 95 % interval of a metric within its range, NaN where not estimable.
 
     A proportion of 0 or 1 has no spread in the bootstrap: Wilson's interval, with patients as n, stands in.
@@ -153,7 +220,7 @@ def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: in
     proportion = metric.startswith(("accuracy", "sensitivity", "specificity", "any_se", "any_sp"))
     if proportion and value in (0, 1) and n_patients >= MIN_PATIENTS:
         return proportion_confint(value * n_patients, n_patients, ALPHA, method="wilson")
-    low, high = t_interval(value, standard_error(draws, n_patients), n_patients)
+    low, high = t_interval(value, error, n_patients)
     return np.maximum(low, 0), high if metric == "log_loss" else np.minimum(high, 1)
 
 
@@ -204,27 +271,21 @@ def with_interval(value: float, low: float, high: float, scale: float = 100, dig
     return text if np.isnan(low) else f"{text} ({scale * low:.{digits}f} to {scale * high:.{digits}f})"
 
 
-def confusion_percent(rows: pd.DataFrame) -> np.ndarray:
-    """Return one variant's confusion matrix in % of each true class, float (6, 6), NaN for an absent one."""
-    counts = patient_tables(rows, np.zeros(len(rows), int))["confusion"][0]
-    with np.errstate(invalid="ignore"):
-        return 100 * counts / counts.sum(axis=1, keepdims=True)
+def confusion_counts(rows: pd.DataFrame) -> np.ndarray:
+    """Return one variant's confusion matrix in slices, mean over repeats, float (6 true, 6 called)."""
+    return patient_tables(rows, np.zeros(len(rows), int))["confusion"][0]
 
 
-def mean_curves(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean sensitivity by false positive rate and mean precision by sensitivity, both on GRID."""
-    sensitivity, precision = [], []
+def mean_curve(rows: pd.DataFrame) -> np.ndarray:
+    """Return the ROC curve of any hemorrhage, sensitivities on GRID: the mean over folds, weighted by pairs."""
+    curves, pairs = [], []
     for _, fold in rows.groupby(["repeat", "fold"]):
         bleed, score = fold["label"] != "healthy", 1 - fold["p_healthy"]
-        pairs = int(bleed.sum() * (~bleed).sum())
-        if pairs:
+        if bleed.any() and not bleed.all():
             false, true, _ = roc_curve(bleed, score, drop_intermediate=False)
-            right, found, _ = precision_recall_curve(bleed, score)
-            sensitivity.append((pairs, np.r_[0, np.interp(GRID[1:], false, true)]))
-            precision.append((int(bleed.sum()), np.interp(GRID, found[::-1], right[::-1])))
-    means = [np.average([c for _, c in m], axis=0, weights=[w for w, _ in m]) if m else 0 * GRID + np.nan
-             for m in (sensitivity, precision)]  # fmt: skip
-    return means[0], means[1]
+            curves.append(np.r_[0, np.interp(GRID[1:], false, true)])
+            pairs.append(int(bleed.sum() * (~bleed).sum()))
+    return np.average(curves, axis=0, weights=pairs) if curves else np.full(len(GRID), np.nan)
 
 
 def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -238,7 +299,7 @@ def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         table = pd.DataFrame({"confidence": confidence / count, "accuracy": right / count, "slices": count})
     patients = (sums[..., 2] > 0).sum(axis=0)
     ends = [
-        metric_interval("accuracy", a, d, n)
+        metric_interval("accuracy", a, standard_error(d, n), n)
         for a, d, n in zip(table["accuracy"], draws.T, patients, strict=True)
     ]
     table[["ci_low", "ci_high"]] = np.array(ends)
@@ -251,19 +312,3 @@ def worst_mistakes(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
     sure = wrong[[f"p_{c}" for c in CLASSES]].max(axis=1).rename("confidence")
     ordered = wrong.join(sure).sort_values(["confidence", "image"], ascending=[False, True], kind="stable")
     return ordered.drop_duplicates("image").head(count)
-
-
-def testing_table(found: dict[str, pd.DataFrame], testing: pd.DataFrame) -> pd.DataFrame:
-    """Return slices, right, accuracy and interval of each variant on the labelled slices of TestingData.
-
-    found: {variant: image, predicted, ...}, in the order of testing. Empty where no slice has a label.
-    """
-    labelled, scores = testing["label"].isin(CLASSES).to_numpy(), []
-    for variant, table in found.items():
-        right = int((table["predicted"].to_numpy() == testing["label"].to_numpy())[labelled].sum())
-        count = int(labelled.sum())
-        if count:
-            low, high = proportion_confint(right, count, ALPHA, method="wilson")
-            score = {"variant": variant, "slices": count, "right": right, "accuracy": f"{right / count:.2f}"}
-            scores.append(score | {"95 % CI (Wilson, slices as independent)": f"{low:.2f} to {high:.2f}"})
-    return pd.DataFrame(scores).set_index("variant") if scores else pd.DataFrame()

@@ -62,8 +62,8 @@ class Report:
         """Return the warning that belongs into every title where patients are unknown."""
         return "" if self.patient_level else OPTIMISTIC
 
-    def figure(self, figure: plt.Figure, title: str, name: str) -> None:
-        """Title a figure, write it as PNG and SVG, show it, and close it."""
+    def figure(self, figure: plt.Figure, title: str, name: str, says: str | list[str] = "") -> None:
+        """Title a figure, write it as PNG and SVG, show it with what it says beneath, and close it."""
         width, height = figure.get_size_inches()
         small = textwrap.fill(self.caption, max(int(width * 15), 40))
         above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
@@ -75,6 +75,8 @@ class Report:
             self.write(f"{name}.{ending}", buffer.getvalue())
         display(Image(data=small_png(drawn["png"])))
         plt.close(figure)
+        if says:
+            display(Markdown(says if isinstance(says, str) else "\n".join(f"* {line}." for line in says)))
 
     def table(self, table: pd.DataFrame, title: str) -> None:
         """Show a table under its title and caption; as plain text outside of a notebook."""

@@ -94,6 +94,7 @@ class Settings(Recipe):
     dataset: str = "auto"
     variants: Any = Field(None, description="checked by choose_variants, which knows the folders")
     control_run: bool = True
+    equivalence: float = Field(1.0, gt=0, le=50, description="points of accuracy too few to matter")
     folds: int = Field(ge=1, le=100, description="1 is a single hold-out split")
     repeats: int = Field(ge=1, le=100, description="of the whole cross-validation")
     weights: str = Field(description="imagenet, none, auto, or a file")

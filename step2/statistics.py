@@ -1,10 +1,12 @@
-"""Paired differences between variants, with intervals, p values and verdicts.
+"""Paired differences between variants, with intervals, p values and verdicts; and which variants may be the best.
 
 All of it is computed from the table of held-out predictions alone (columns variant, repeat, fold, patient,
-image, label, predicted, p_<class>). Accuracy is the headline; 1 point is 1 % of the slices.
+image, label, predicted, p_<class>). Accuracy is the headline; 1 point is 1 % of the slices. Errors hold the
+patients' noise and that of training (see estimates.py): verdicts are about a method on such patients, not about
+one training of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,153 +14,102 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
-from step2.bootstrap import (
-    ALPHA,
-    MIN_PATIENTS,
-    POWER,
-    bootstrap_weights,
-    patient_ids,
-    standard_error,
-    sum_by_patient,
-    t_interval,
-)
-from step2.variants import BASELINE, step_pairs
+from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER, sum_by_patient
+from step2.estimates import Estimates, mean_estimates, paired_correctness
+from step2.variants import BASELINE, CLASSES, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
 DRAWS = 10_000  # bootstrap draws of the contrasts
+BEST_DRAWS = 100_000  # of the largest of several t, for the best set
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
-    *("p_value", "p_holm", "p_mcnemar", "verdict"),
+    *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),
+    *("training_sd_high", "p_value", "p_holm", "p_mcnemar", "detectable", "band", "verdict"),
 ]
+ALONE = "for these trained networks alone"
 
 
 def declared_contrasts(variants: Sequence[str]) -> list[dict[str, Any]]:
     """Return the contrasts that these variants allow, each as dict(contrast, kind, pairs of a and b).
 
     Primary: each variant against the baseline. Factorial: a step's effect, the mean over the pairs of
-    variants that differ by this step alone.
+    variants that differ by this step alone, unless that is one of the primary contrasts again.
     """
     others = [v for v in variants if v != BASELINE] if BASELINE in variants else []
     primary = [{"contrast": v, "kind": "primary", "pairs": ((v, BASELINE),)} for v in others]
     return primary + [
         {"contrast": f"effect of {step}", "kind": "factorial", "pairs": tuple(pairs)}
         for step, pairs in step_pairs(variants).items()
+        if len(pairs) > 1 or pairs[0][1] != BASELINE
     ]
 
 
 def contrast_table(
-    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
+    predictions: pd.DataFrame,
+    control: pd.DataFrame | None = None,
+    n_draws: int = DRAWS,
+    seed: int = 0,
+    margin: float = EQUIVALENCE,
+    learning: Collection[str] = (),
 ) -> pd.DataFrame:
-    """Return all contrasts, DataFrame: CONTRAST_COLUMNS, standard error, band and detectable difference.
+    """Return all contrasts, DataFrame of CONTRAST_COLUMNS; the A/A control's is the last row.
 
-    Differences are fractions of 1, as accuracy is. Holm's correction runs within the primary contrasts, and
-    within the factorial effects.
+    Differences, errors and the SD of one training are fractions of 1, as accuracy is. Holm's correction runs
+    within the primary contrasts, and within the factorial effects. margin: of equivalence. learning: variants
+    that did not converge, which verdicts name.
     """
-    declared = declared_contrasts(list(dict.fromkeys(predictions["variant"])))
-    parts = [contrast_rows(predictions, declared, n_draws, seed)] if declared else []
-    parts = [part for part in [*parts, control_rows(predictions, control, n_draws, seed)] if len(part)]
-    if not parts:
-        return pd.DataFrame(columns=[*CONTRAST_COLUMNS, "error", "band", "detectable"])
-    table = pd.concat(parts, ignore_index=True)
+    declared, rows = all_contrasts(predictions, control)
+    if not declared:
+        return pd.DataFrame(columns=CONTRAST_COLUMNS)
+    correct, cells = paired_correctness(rows)
+    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    table = pd.DataFrame([contrast_row(d, correct, cells.codes, found, rows) for d in declared])
+    table[["training_sd", "training_sd_low", "training_sd_high"]] = found.seen
     table["p_holm"] = table.groupby("kind")["p_value"].transform(holm)
     family = table.groupby("kind")["kind"].transform("size")
     table["detectable"] = [
-        detectable_difference(row.error, row.n_patients, m)
+        detectable_difference(row.error, row.freedom, m)
         for row, m in zip(table.itertuples(), family, strict=True)
     ]
-    floor = find_noise_floor(table)
-    table["band"] = [band_position(row) for _, row in table.iterrows()]
-    table["verdict"] = [verdict(row, floor) for _, row in table.iterrows()]
-    return table
+    table["band"] = [band_position(row, margin) for _, row in table.iterrows()]
+    table["verdict"] = [verdict(row, margin, learning) for _, row in table.iterrows()]
+    return table[CONTRAST_COLUMNS]
 
 
-def contrast_rows(predictions: pd.DataFrame, declared: list[dict], n_draws: int, seed: int) -> pd.DataFrame:
-    """Return the rows of declared contrasts as a DataFrame; all of them from the same bootstrap draws."""
-    correct, patients = paired_correctness(predictions)
-    draws = accuracy_draws(correct, patients, n_draws, seed)
-    codes = pd.factorize(patients)[0]
-    return pd.DataFrame([contrast_row(d, correct, codes, draws, predictions) for d in declared])
-
-
-def control_rows(
-    predictions: pd.DataFrame, control: pd.DataFrame | None, n_draws: int, seed: int
-) -> pd.DataFrame:
-    """Return the A/A contrast, a DataFrame of one row, empty without a control run."""
-    if control is None or control.empty:
-        return pd.DataFrame()
-    variant = control["variant"].iloc[0]
-    again = f"{variant}, other seed"
-    first = predictions[predictions["variant"] == variant]
-    first = first.merge(control[["repeat", "image"]].drop_duplicates(), on=["repeat", "image"])
-    both = pd.concat([first, control.assign(variant=again)], ignore_index=True)
-    declared = {"contrast": "A/A control", "kind": "control", "pairs": ((again, variant),)}
-    return contrast_rows(both, [declared], n_draws, seed)
-
-
-def paired_correctness(predictions: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Return correctness, DataFrame (images, variants) in 0..1, and the patient of each image, Series.
-
-    Averaged over repeats, image by image. ValueError where the variants weren't tested on the same images.
-    """
-    rows = predictions.assign(correct=(predictions["label"] == predictions["predicted"]).astype(float))
-    keys = ["repeat", "image"]
-    if rows.duplicated([*keys, "variant"]).any():
-        twice = rows[rows.duplicated([*keys, "variant"])].iloc[0]
-        raise ValueError(
-            f"{twice['image']} of {twice['variant']} was predicted twice in repeat {twice['repeat']}"
-        )
-    table = rows.pivot(index=keys, columns="variant", values="correct")[list(dict.fromkeys(rows["variant"]))]
-    if table.isna().any(axis=None):
-        repeat, image, variant = table.isna().stack().idxmax()
-        raise ValueError(
-            f"{image} has no prediction of {variant} in repeat {repeat}, others have one: variants must be "
-            "tested on the same images; run Step 1 and the training of this variant again"
-        )
-    one = rows.assign(patient=patient_ids(rows)).drop_duplicates("image").set_index("image")["patient"]
-    correct = table.groupby("image").mean()
-    return correct, one.reindex(correct.index)
-
-
-def accuracy_draws(
-    correct: pd.DataFrame, patients: pd.Series, n_draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:
-    """Return the accuracy of each variant in each draw, float (draws, variants)."""
-    codes = pd.factorize(patients)[0]
-    sums, sizes = sum_by_patient(correct.to_numpy(), codes), np.bincount(codes)
-    blocks = bootstrap_weights(len(sizes), n_draws, seed)
-    return np.concatenate([(w @ sums) / (w @ sizes)[:, None] for w in blocks])
+def all_contrasts(
+    predictions: pd.DataFrame, control: pd.DataFrame | None
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Return the declared contrasts and the predictions they need; a control is a variant of its own there."""
+    declared, rows = declared_contrasts(list(dict.fromkeys(predictions["variant"]))), predictions
+    if control is not None and len(control):
+        variant = control["variant"].iloc[0]
+        again = f"{variant}, other seed"
+        declared.append({"contrast": "A/A control", "kind": "control", "pairs": ((again, variant),)})
+        rows = pd.concat([predictions, control.assign(variant=again)], ignore_index=True)
+    return declared, rows
 
 
 def contrast_row(
-    declared: dict, correct: pd.DataFrame, codes: np.ndarray, draws: np.ndarray, predictions: pd.DataFrame
-) -> dict:
-    """Return one contrast's row: difference in accuracy, a minus b, with interval, p and exact McNemar."""
-    pairs, coefficients = declared["pairs"], np.zeros(correct.shape[1])
-    for a, b in pairs:
-        coefficients[correct.columns.get_loc(a)] += 1 / len(pairs)
-        coefficients[correct.columns.get_loc(b)] -= 1 / len(pairs)
+    declared: dict, correct: pd.DataFrame, codes: np.ndarray, found: Estimates, predictions: pd.DataFrame
+) -> dict[str, Any]:
+    """Return one contrast's row: difference in accuracy, a minus b, with errors, interval, p and McNemar's p."""
+    pairs = declared["pairs"]
+    coefficients = found.coefficients(pairs)
+    row = found.contrast(coefficients)
+    paired = correct.to_numpy() @ coefficients
+    if np.isfinite(row["p_value"]):
+        row["p_value"] = max(row["p_value"], sign_flip_floor(paired, codes))
+    elif codes.max() + 1 >= MIN_PATIENTS and not paired.any():
+        row["p_value"] = 1.0
     return {
         **{"contrast": declared["contrast"], "kind": declared["kind"]},
         **{side: " and ".join(pair[i] for pair in pairs) for i, side in enumerate("ab")},
-        **{"n_images": len(correct), "n_patients": int(codes.max()) + 1},
-        **estimate(correct.to_numpy() @ coefficients, codes, draws @ coefficients),
+        **{"n_images": correct.index.get_level_values("image").nunique(), "n_patients": int(codes.max()) + 1},
+        **row,
         "p_mcnemar": exact_mcnemar(predictions, *pairs[0]) if len(pairs) == 1 else np.nan,
     }
-
-
-def estimate(paired: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> dict[str, float]:
-    """Return difference, standard error, interval and p of one contrast, dict.
-
-    paired: float (images,), right by a minus right by b. codes: int (images,), the patients. draws: (draws,).
-    """
-    n, difference = int(codes.max()) + 1, float(np.round(paired.mean(), 12))
-    error = standard_error(draws, n)
-    low, high = t_interval(difference, error, n)
-    p = 1.0 if n >= MIN_PATIENTS and not paired.any() else np.nan
-    if np.isfinite(error):
-        p = max(2 * stats.t.sf(abs(difference) / error, n - 1), sign_flip_floor(paired, codes))
-    return {"difference": difference, "error": error, "ci_low": low, "ci_high": high, "p_value": p}
 
 
 def sign_flip_floor(paired: np.ndarray, codes: np.ndarray) -> float:
@@ -184,23 +135,149 @@ def holm(p_values: pd.Series) -> np.ndarray:
     return np.where(np.isnan(p_values), np.nan, adjusted)
 
 
-def detectable_difference(error: float, n_patients: int, comparisons: int = 1) -> float:
+def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
     """Return the smallest true difference found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
-    df = max(n_patients - 1, 1)
-    return (stats.t.ppf(1 - ALPHA / comparisons / 2, df) + stats.t.ppf(POWER, df)) * error
+    return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
 
 
-def find_noise_floor(table: pd.DataFrame) -> float:
-    """Return the largest difference in accuracy inside the A/A control's interval, NaN without one."""
-    control = table[table["kind"] == "control"]
-    return float(control[["ci_low", "ci_high"]].abs().max(axis=None)) if len(control) else np.nan
+def pair_table(
+    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
+) -> pd.DataFrame:
+    """Return the effect of each step in each pair of variants that differ by it alone, DataFrame.
+
+    Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's pairs having one effect; NaN for
+    a single pair). Exploratory: nothing corrects for their number.
+    """
+    pairs = step_pairs(list(dict.fromkeys(predictions["variant"])))
+    correct, cells = paired_correctness(all_contrasts(predictions, control)[1])
+    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    rows = []
+    for step, of_step in pairs.items():
+        contrasts = np.array([found.coefficients([pair]) for pair in of_step])
+        p = found.differ(contrasts) if len(contrasts) > 1 else np.nan
+        for (a, b), contrast in zip(of_step, contrasts, strict=True):
+            row = found.contrast(contrast)
+            kept = {name: row[name] for name in ("difference", "ci_low", "ci_high")}
+            rows.append({"step": step, "a": a, "b": b, **kept, "p_differ": p})
+    return pd.DataFrame(rows, columns=["step", "a", "b", "difference", "ci_low", "ci_high", "p_differ"])
 
 
-def verdict(row: pd.Series, noise_floor: float = np.nan) -> str:
-    """Return what a contrast says, in words. noise_floor: what a retraining alone may move, or NaN."""
+# ---------------------------------------- which is best
+
+
+def best_set(
+    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
+) -> pd.DataFrame:
+    """Return which variants can't be told from the best, by Hsu's multiple comparisons with the best (1984).
+
+    DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high), most accurate first:
+    a variant minus the best other one, with 95 % simultaneous intervals, so that the set holds the truly best
+    variant in 95 % of such studies. The control only helps to know the training noise.
+    """
+    variants = list(dict.fromkeys(predictions["variant"]))
+    _, rows = all_contrasts(predictions, control)
+    correct, cells = paired_correctness(rows)
+    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    return best_of(found, variants, seed)
+
+
+def best_of(found: Estimates, variants: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """Return best_set's table of some estimates."""
+    k = len(variants)
+    apart, reach = np.full((k, k), -np.inf), np.full((k, k), np.nan)
+    for i, one in enumerate(variants):
+        others = [j for j in range(k) if j != i]
+        pairs = np.array([found.coefficients([(one, variants[j])]) for j in others])
+        if len(others):
+            reach[i, others] = simultaneous_reach(found, pairs, seed)
+            apart[i, others] = pairs @ found.values
+    np.fill_diagonal(apart, np.inf)
+    upper = np.min(np.where(np.eye(k, dtype=bool), np.inf, apart + reach), axis=1)
+    best = np.isnan(upper) | (upper > 0)
+    rows = []
+    for i, one in enumerate(variants):
+        rivals = [j for j in np.flatnonzero(best) if j != i]
+        lower = 0.0 if not rivals else float(np.min([apart[i, j] - reach[j, i] for j in rivals]))
+        other = int(np.argmin(apart[i]))
+        value = {
+            "variant": one,
+            "accuracy": found.values[found.names.index(one)],
+            "in_best_set": bool(best[i]),
+        }
+        value |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
+        rows.append(value | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
+    table = pd.DataFrame(rows)
+    if k == 1:
+        table[["difference", "ci_low", "ci_high"]] = np.nan
+    return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
+
+
+def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int) -> np.ndarray:
+    """Return how far each difference may lie below what was seen, all at once in 95 %, float (pairs,).
+
+    Dunnett's one-sided quantile for these errors and correlations, by simulation. pairs: coefficients.
+    """
+    if found.freedom[0] + 1 < MIN_PATIENTS:
+        return np.full(len(pairs), np.nan)
+    errors = np.array([found.errors(pair) for pair in pairs])
+    known = np.isfinite(errors[:, 0])  # not where two variants are right on the very same slices
+    reach = np.full(len(pairs), 1e-9)
+    if known.any():
+        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed)
+    return reach
+
+
+def _dunnett_reach(found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int) -> np.ndarray:
+    """Return simultaneous_reach where every difference has an error."""
+    both = np.hypot(errors[:, 0], errors[:, 1])
+    luck = np.nan_to_num(found.training) * found.share
+    covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
+    rng, freedom = np.random.default_rng(seed), errors[:, 2].min()
+    root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
+    largest = (root @ rng.normal(size=(len(pairs), BEST_DRAWS))).max(0)
+    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, BEST_DRAWS) / freedom), 1 - ALPHA)
+
+
+def best_in_words(best: pd.DataFrame) -> str:
+    """Return which variants may be the best, in a sentence."""
+    if len(best) < 2:
+        return "A single variant: nothing to choose from."
+    may, not_ = (best.loc[best["in_best_set"] == inside, "variant"] for inside in (True, False))
+    if best["ci_high"].isna().any():
+        return "Which variant is best is not estimable from these data."
+    if len(not_) == 0:
+        return "Any of these variants may be the best: these data can't tell them apart from it."
+    if len(may) == 1:
+        return f"Best: {may.iloc[0]}; worse: {', '.join(not_)}."
+    return f"Best, or not to be told from it: {', '.join(may)}; worse: {', '.join(not_)}."
+
+
+# ---------------------------------------- verdicts
+
+
+def verdict(row: pd.Series, margin: float = EQUIVALENCE, learning: Collection[str] = ()) -> str:
+    """Return what a contrast says, in words. learning: variants that did not converge."""
     if np.isnan(row["ci_low"]):
         return not_estimable(row)
-    a, b, band, span = row["a"], row["b"], band_position(row), in_points(row)
+    said = control_verdict(row) if row["kind"] == "control" else difference_verdict(row, margin)
+    alone = f", {ALONE}" if np.isnan(row["training_sd"]) else ""
+    unready = [v for v in learning if v in f"{row['a']} and {row['b']}".split(" and ")]
+    return said + alone + (f" (still learning: {', '.join(unready)})" if unready else "")
+
+
+def control_verdict(row: pd.Series) -> str:
+    """Return what the A/A control says: it must find nothing."""
+    if is_significant(row):
+        return f"one variant against itself differs, which happens in 5 % of controls: {in_points(row)}"
+    return f"one variant against itself shows no difference, as it must: {in_points(row)}"
+
+
+def difference_verdict(row: pd.Series, margin: float) -> str:
+    """Return which side is better, whether both are equivalent, or that these data can't tell."""
+    a, b, band, size = row["a"], row["b"], band_position(row, margin), f"{100 * margin:g} point"
+    size += "s" * (margin != 0.01)
+    better, equal, unclear = f"{a} {{}} {b}", f"{a} and {b} are equivalent", f"{a} and {b} apart"
+    verbs = ("beats", "is worse than")
     if row["kind"] == "factorial":
         step = row["contrast"].removeprefix("effect of ")
         better, equal, unclear = (
@@ -208,25 +285,14 @@ def verdict(row: pd.Series, noise_floor: float = np.nan) -> str:
             f"{step} makes no difference",
             f"whether {step} helps or hurts",
         )
-    else:
-        better, equal, unclear = f"{a} {{}} {b}", f"{a} and {b} are equivalent", f"{a} and {b} apart"
-    if row["kind"] == "control":
-        moved = (
-            "moved accuracy beyond chance"
-            if is_significant(row)
-            else "makes no difference that these data show"
-        )
-        return f"training again under another seed {moved}: {span}"
+        verbs = ("helps", "hurts")
     if is_significant(row):
-        verbs = ("helps", "hurts") if row["kind"] == "factorial" else ("beats", "is worse than")
         text = f"{better.format(verbs[row['difference'] < 0])} by {in_points_unsigned(row)}"
-        text += f", less than the {100 * EQUIVALENCE:.0f} point that would matter" if band == "inside" else ""
-        within = abs(row["difference"]) <= noise_floor
-        return text + (f", yet a retraining alone may move {100 * noise_floor:.1f}" if within else "")
+        return text + (f", less than the {size} that would matter" if band == "inside" else "")
     if band == "inside":
-        return f"{equal} within {100 * EQUIVALENCE:.0f} point: {span}"
+        return f"{equal} within {size}: {in_points(row)}"
     holm_only = row["ci_low"] * row["ci_high"] > 0
-    return f"these data can't tell {unclear}{' after Holm correction' if holm_only else ''}: {span}"
+    return f"these data can't tell {unclear}{' after Holm correction' if holm_only else ''}: {in_points(row)}"
 
 
 def is_significant(row: pd.Series) -> bool:
@@ -246,13 +312,13 @@ def in_points_unsigned(row: pd.Series) -> str:
     return "{:.1f} points ({:.1f} to {:.1f})".format(*(abs(100 * v) for v in (row["difference"], *ends)))
 
 
-def band_position(row: pd.Series) -> str:
+def band_position(row: pd.Series, margin: float = EQUIVALENCE) -> str:
     """Return where the interval lies: inside, outside or across the edges of the equivalence band."""
     if np.isnan(row["ci_low"]):
         return "not estimable"
-    if max(abs(row["ci_low"]), abs(row["ci_high"])) <= EQUIVALENCE:
+    if max(abs(row["ci_low"]), abs(row["ci_high"])) <= margin:
         return "inside"
-    return "outside" if min(row["ci_high"], -row["ci_low"]) < -EQUIVALENCE else "across"
+    return "outside" if min(row["ci_high"], -row["ci_low"]) < -margin else "across"
 
 
 def not_estimable(row: pd.Series) -> str:
@@ -262,3 +328,53 @@ def not_estimable(row: pd.Series) -> str:
     if not row["difference"]:
         return "not estimable: right and wrong on the very same slices, so there is no error to estimate"
     return f"not estimable: {100 * row['difference']:+.1f} points in every patient, no error to estimate"
+
+
+def training_in_words(contrasts: pd.DataFrame) -> str:
+    """Return how far training again moves accuracy, in a sentence."""
+    columns = ["training_sd", "training_sd_low", "training_sd_high"]
+    sd, low, high = 100 * contrasts[columns].iloc[0] if len(contrasts) else (np.nan,) * 3
+    if np.isnan(sd):
+        return f"One fold or one variant can't tell how far training again moves accuracy: intervals hold {ALONE}."
+    return (
+        f"Training a network again moves its accuracy by an SD of {sd:.1f} points (95 % interval {low:.1f} to "
+        f"{high:.1f}); intervals and p values hold that beside the choice of patients."
+    )
+
+
+# ---------------------------------------- the testing slices
+
+
+def score_testing(
+    found: dict[str, pd.DataFrame], testing: pd.DataFrame, n_draws: int = DRAWS, seed: int = 0
+) -> pd.DataFrame:
+    """Return how each variant does on the labelled slices of TestingData, DataFrame; empty without any.
+
+    found: {variant: image, predicted, ...}, in the order of testing. Columns: variant, slices, patients,
+    right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals
+    are over patients, for these trained networks alone; NaN for fewer than 10 patients.
+    """
+    labelled = testing["label"].isin(CLASSES).to_numpy()
+    if not found or not labelled.any():
+        return pd.DataFrame()
+    where = testing[["label", "patient"]].assign(repeat=1, fold=1)
+    tables = [
+        table[["image", "predicted"]].join(where)[labelled].assign(variant=variant)
+        for variant, table in found.items()
+    ]
+    correct, cells = paired_correctness(pd.concat(tables, ignore_index=True))
+    estimates = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    rows = []
+    for at, variant in enumerate(correct.columns):
+        value, count = float(estimates.values[at]), len(correct)
+        own = estimates.contrast(np.eye(len(correct.columns))[at])
+        low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
+        if value in (0, 1) and cells.patients >= MIN_PATIENTS:
+            low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
+        row = {"variant": variant, "slices": count, "patients": cells.patients, "right": round(value * count)}
+        row |= {"accuracy": value, "ci_low": low, "ci_high": high}
+        if BASELINE in correct.columns and variant != BASELINE:
+            apart = estimates.contrast(estimates.coefficients([(variant, BASELINE)]))
+            row |= {f"{name} to {BASELINE}": apart[name] for name in ("difference", "ci_low", "ci_high")}
+        rows.append(row)
+    return pd.DataFrame(rows)

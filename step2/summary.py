@@ -1,4 +1,4 @@
-"""The answer in words: half a page of Markdown, results/summary.md."""
+"""The answer in words: half a page of Markdown, results/summary.md, and a sentence under each figure."""
 
 import numpy as np
 import pandas as pd
@@ -6,33 +6,52 @@ import pandas as pd
 from step2.bootstrap import POWER, patient_ids
 from step2.metrics import class_warnings, metric_of, with_interval
 from step2.report import OPTIMISTIC
-from step2.statistics import DRAWS, EQUIVALENCE, find_noise_floor, is_significant
+from step2.statistics import (
+    DRAWS,
+    EQUIVALENCE,
+    best_in_words,
+    in_points,
+    is_significant,
+    training_in_words,
+)
 from step2.variants import BASELINE
+
+MINUS = "\N{MINUS SIGN}"
 
 
 def summarize(
     predictions: pd.DataFrame,
     contrasts: pd.DataFrame,
     metrics: pd.DataFrame,
+    best: pd.DataFrame,
     caption: str,
     patient_level: bool,
+    *,
+    endpoints: pd.DataFrame | None = None,
+    testing: pd.DataFrame | None = None,
+    convergence: list[str] | None = None,
+    margin: float = EQUIVALENCE,
 ) -> str:
-    """Return the half-page summary, Markdown."""
+    """Return the half-page summary, Markdown. convergence: the lines of convergence_lines."""
     level = "" if patient_level else OPTIMISTIC
     warned = class_warnings(predictions, patient_level)
     parts = [
-        [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts)}**"],
+        [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
+        [f"**Which is best?** {best_in_words(best)}"],
         data_lines(predictions, caption, patient_level, warned),
-        [*accuracy_lines(metrics), "", f"Accuracy of each variant{level}. {caption}."],
-        [*contrast_lines(contrasts), "", f"Differences in accuracy{level}. {caption}."]
+        ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence or [])],
+        [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
+        [*contrast_lines(contrasts, margin), "", f"Differences in accuracy{level}. {caption}."]
         if len(contrasts)
         else [],
-        limit_lines(contrasts, patient_level),
+        [f"**Any hemorrhage (secondary).** {endpoints_in_words(metrics, endpoints)}"],
+        [f"**TestingData.** {testing_in_words(testing)}"] if testing is not None and len(testing) else [],
+        limit_lines(patient_level, margin),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def headline(table: pd.DataFrame) -> str:
+def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     """Return the answer in a sentence or two, from the primary contrasts alone."""
     primary = table[table["kind"] == "primary"]
     if primary.empty:
@@ -42,7 +61,7 @@ def headline(table: pd.DataFrame) -> str:
     clear = [row["verdict"] for _, row in primary.iterrows() if is_significant(row)]
     answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart"
     same = int((primary["band"] == "inside").sum())
-    equal = f" {same} of {len(primary)} are within 1 point of it." if same else ""
+    equal = f" {same} of {len(primary)} are within {100 * margin:g} points of it." if same else ""
     return f"{answer[0].upper()}{answer[1:]}.{equal}{detectable_text(primary)}"
 
 
@@ -73,27 +92,39 @@ def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, war
     ]
 
 
-def accuracy_lines(metrics: pd.DataFrame) -> list[str]:
+def accuracy_lines(
+    metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFrame | None = None
+) -> list[str]:
     """Return a Markdown table of the main metrics, list of str; % but for the AUC."""
-    lines = ["| variant | accuracy, % (95 % CI) | balanced accuracy, % | AUC, any hemorrhage (95 % CI) |"]
-    lines.append("|---|---|---|---|")
+    may = set(best.loc[best["in_best_set"], "variant"]) if len(best) > 1 else set()
+    tested = testing.set_index("variant") if testing is not None and len(testing) else None
+    heads = ["variant", "accuracy, % (95 % CI)", "may be best", "AUC, any hemorrhage (95 % CI)"]
+    lines = ["| " + " | ".join(heads + (["TestingData, % (95 % CI)"] if tested is not None else [])) + " |"]
+    lines.append("|---" * (len(heads) + (tested is not None)) + "|")
     for name in dict.fromkeys(metrics["variant"]):
         accuracy = with_interval(*metric_of(metrics, name, "accuracy"))
         auc = with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2)
-        balanced = with_interval(*metric_of(metrics, name, "balanced_accuracy"))
-        lines.append(f"| {name} | {accuracy} | {balanced} | {auc} |")
+        cells = [name, accuracy, "yes" if name in may else "", auc]
+        if tested is not None:
+            cells.append(with_interval(*tested.loc[name, ["accuracy", "ci_low", "ci_high"]]))
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def contrast_lines(table: pd.DataFrame) -> list[str]:
-    """Return a Markdown table of all contrasts with their verdicts, list of str."""
-    band = f"\N{PLUS-MINUS SIGN}{100 * EQUIVALENCE:.0f}-point band"
-    lines = [f"| contrast | kind | p | Holm p | McNemar p (secondary) | {band} | verdict |"]
-    lines.append("|---|---|---|---|---|---|---|")
+def contrast_lines(table: pd.DataFrame, margin: float = EQUIVALENCE) -> list[str]:
+    """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
+    lines = ["| comparison | points | 95 % interval | Holm p | seed noise, SD | verdict |", "|---" * 6 + "|"]
     for row in table.to_dict("records"):
-        p = " | ".join(p_text(row[key]) for key in ("p_value", "p_holm", "p_mcnemar"))
-        lines.append(f"| {row['contrast']} | {row['kind']} | {p} | {row['band']} | {row['verdict']} |")
+        points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
+        noise = "\N{EN DASH}" if np.isnan(row["seed_noise"]) else f"{100 * row['seed_noise']:.1f}"
+        cells = [row["contrast"], points, f"{low} to {high}", p_text(row["p_holm"]), noise, row["verdict"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def signed(points: float) -> str:
+    """Return '+3.1', an en dash where there is no number."""
+    return "\N{EN DASH}" if np.isnan(points) else f"{round(points, 1) + 0.0:+.1f}".replace("-", MINUS)
 
 
 def p_text(p: float) -> str:
@@ -101,23 +132,106 @@ def p_text(p: float) -> str:
     return "\N{EN DASH}" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def limit_lines(table: pd.DataFrame, patient_level: bool) -> list[str]:
-    """Return limits and method, list of str."""
-    floor = find_noise_floor(table)
-    noise = "No A/A control was estimable: nothing says how far the seed alone moves accuracy."
-    if np.isfinite(floor):
-        noise = (
-            "An A/A control, one variant trained again under another seed, stayed within "
-            f"{100 * floor:.1f} points (95 %): that much may be the seed."
+def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame | None) -> str:
+    """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
+    if endpoints is None or endpoints.empty:
+        return "Too few healthy or bleeding patients, or no comparison."
+    said = []
+    for name, table in endpoints[endpoints["kind"] == "primary"].groupby("endpoint", sort=False):
+        clear = [
+            f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points(row)}"
+            for _, row in table.iterrows()
+            if is_significant(row)
+        ]
+        said.append(
+            f"{name}, against {BASELINE}: {'; '.join(clear) or 'no difference that these data show'}."
         )
+    order = {}
+    for metric in ("accuracy", "any_auc"):
+        rows = metrics[metrics["metric"] == metric].sort_values("value", ascending=False, kind="stable")
+        order[metric] = list(rows["variant"])
+    if order["accuracy"] != order["any_auc"] and len(order["any_auc"]) > 1:
+        said.append(f"By AUC the order is another one than by accuracy: {', '.join(order['any_auc'])}.")
+    return " ".join(said)
+
+
+def testing_in_words(testing: pd.DataFrame) -> str:
+    """Return how the untouched slices agree with the cross-validation, in a sentence or two."""
+    slices, patients = testing[["slices", "patients"]].iloc[0]
+    top = testing[testing["accuracy"] == testing["accuracy"].max()]
+    lead = f"{slices} slices of {patients} patients that took part in nothing, by the mean of each variant's networks"
+    best = f"{', '.join(top['variant'])} got most of them right ({100 * top['accuracy'].iloc[0]:.0f} %)"
+    alone = "; intervals are over patients, for these trained networks alone"
+    few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
+    return f"{lead}: {best}{few}."
+
+
+def limit_lines(patient_level: bool, margin: float = EQUIVALENCE) -> list[str]:
+    """Return limits and method, list of str."""
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
-        f"**Limits.** {both}The intervals cover which patients were tested, not the randomness of training. "
-        f"{noise} Primary p are Holm-corrected, intervals are not. Factorial effects are secondary. "
-        "McNemar's test takes slices for independent. One network, one data set; no medical device.",
+        f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
+        "here speaks of a newly drawn training set. The same seed gives the same table on one kind of machine; "
+        "another machine's arithmetic is another draw of the trainings. The contrasts were fixed in the code, "
+        "not preregistered. Primary p are Holm-corrected, intervals are not. Effects of steps and any hemorrhage "
+        "are secondary. One network, one data set; no medical device.",
         "",
-        f"**Method.** Paired differences; {DRAWS:,} draws of whole patients, all variants together; 95 % "
-        "interval: difference \N{PLUS-MINUS SIGN} t times the bootstrap standard error. Equivalent: "
-        f"the whole interval within \N{PLUS-MINUS SIGN}{100 * EQUIVALENCE:.0f} point. All numbers come from "
-        "`oof_predictions.csv` and `control_predictions.csv`.",
+        f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
+        "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
+        f"accuracies; 95 % interval by t. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
+        f"{100 * margin:g} points. All numbers come from `oof_predictions.csv` and `control_predictions.csv`.",
     ]
+
+
+# ---------------------------------------- a sentence under each figure
+
+
+def say_forest(contrasts: pd.DataFrame) -> str:
+    """Return what the forest plot shows."""
+    primary = contrasts[contrasts["kind"] == "primary"]
+    clear = sum(is_significant(row) for _, row in primary.iterrows())
+    against = (
+        f"Of {len(primary)} comparisons with {BASELINE}, {clear} keep clear of 0 after Holm's correction."
+    )
+    return f"{against} {training_in_words(contrasts)}"
+
+
+def say_accuracy(metrics: pd.DataFrame, best: pd.DataFrame) -> str:
+    """Return what the accuracy plot shows."""
+    rows = metrics[metrics["metric"] == "accuracy"].sort_values("value")
+    low, high = rows.iloc[0], rows.iloc[-1]
+    span = f"From {100 * low['value']:.0f} % ({low['variant']}) to {100 * high['value']:.0f} % ({high['variant']})"
+    return f"{span}. {best_in_words(best)}"
+
+
+def say_pairs(pairs: pd.DataFrame) -> str:
+    """Return where a step's effect depends on the others."""
+    several = pairs.dropna(subset="p_differ").drop_duplicates("step")
+    if several.empty:
+        return "No step has more than one pair here."
+    said = []
+    for step in several.itertuples():
+        points = 100 * pairs.loc[pairs["step"] == step.step, "difference"]
+        span = f"{signed(points.min())} to {signed(points.max())} points, pairs differ with p = {p_text(step.p_differ)}"
+        said.append(f"{step.step}: {span.replace('= <', '< ')}")
+    return "; ".join(said) + ". Exploratory: nothing corrects these p for their number."
+
+
+def say_sensitivities(metrics: pd.DataFrame, classes: tuple[str, ...]) -> str:
+    """Return which class is found least and most often, over all variants."""
+    mean = {c: metrics.loc[metrics["metric"] == f"sensitivity_{c}", "value"].mean() for c in classes}
+    known = {c: 100 * value for c, value in mean.items() if np.isfinite(value)}
+    worst, best = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    return (
+        f"Mean over variants: hardest {worst} ({known[worst]:.0f} %), easiest {best} ({known[best]:.0f} %)."
+    )
+
+
+def say_confusions(counts: np.ndarray, classes: tuple[str, ...], variant: str) -> str:
+    """Return a variant's most frequent confusion. counts: float (true, called)."""
+    wrong = counts - np.diag(counts.diagonal())
+    true, called = np.unravel_index(wrong.argmax(), wrong.shape)
+    if not wrong.any():
+        return f"{variant} confuses nothing."
+    most = f"{classes[true]} called {classes[called]}, {wrong[true, called]:.3g} of {counts[true].sum():.3g} slices"
+    return f"{variant}'s most frequent confusion: {most}."

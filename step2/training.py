@@ -27,6 +27,7 @@ from step2.pictures import Batches, Pictures, fits_in_memory, in_order, make_loa
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
+CURVE_POINTS = 35  # of a held-out curve, at least, where there are as many epochs
 Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
 
 
@@ -69,10 +70,10 @@ class Trainer:
         return normalise(pictures).contiguous(memory_format=self.layout)
 
     def gradients(self, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Add up the gradients of a batch, part by part, and return its mean loss."""
+        """Add up the gradients of a batch, part by part; return its mean loss and share right, float (2,)."""
         self.network.train()
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(2, device=self.device)
         for some, truth in zip(pictures.split(self.part), labels.split(self.part), strict=True):
             with self.autocast():
                 scores = self.forward(self.to_device(some))
@@ -80,12 +81,13 @@ class Trainer:
                 truth = truth.to(self.device)
                 loss = F.cross_entropy(scores, truth, label_smoothing=smoothing, reduction="sum")
             self.scaler.scale(loss / len(labels)).backward()
-            total += loss.detach() / len(labels)
+            right = (scores.detach().argmax(1) == truth).sum()
+            total += torch.stack([loss.detach(), right.to(loss.dtype)]) / len(labels)
         return total
 
 
 def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
-    """Take one optimizer step and return the mean loss.
+    """Take one optimizer step and return the batch's mean loss and share right, float (2,).
 
     Out of memory: the same batch again in parts of half the size, whose gradients add up. The effective batch
     stays as set, though batch norm then sees the parts.
@@ -94,10 +96,10 @@ def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, r
         group["lr"] = rate
     while True:
         try:
-            loss = trainer.gradients(pictures, labels)
+            done = trainer.gradients(pictures, labels)
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
-            return loss
+            return done
         except RuntimeError as err:
             if not out_of_memory(err) or trainer.part == 1:
                 raise
@@ -140,17 +142,18 @@ def train_epoch(trainer: Trainer, loader: DataLoader, truth: torch.Tensor, epoch
     batches, epochs = loader.batch_sampler, trainer.recipe.epochs
     assert isinstance(batches, Batches)
     batches.epoch, steps, began, seen, rate = epoch, len(batches), time.perf_counter(), 0, 0.0
-    total = torch.zeros((), device=trainer.device)
+    total = torch.zeros(2, device=trainer.device)
     for number, (pictures, index) in enumerate(loader):
         rate = learning_rate(epoch * steps + number, epochs * steps, trainer.recipe)
         total += train_step(trainer, pictures, truth[index], rate) * len(index)
         seen += len(index)
         tell(epoch + (number + 1) / steps)
-    loss, spent = float(total) / seen, time.perf_counter() - began
+    (loss, right), spent = (total / seen).tolist(), time.perf_counter() - began
     advice = "lower the profile's rates, or set mixed_precision to 'no'"
     require(math.isfinite(loss), f"the training loss is {loss} in epoch {epoch + 1}: {advice}")
     speed = {"images_per_s": seen / spent, "seconds": spent}
-    return {"epoch": epoch + 1, "train_loss": loss, "learning_rate": rate, **speed}
+    fit = {"train_loss": loss, "train_accuracy": right}
+    return {"epoch": epoch + 1, **fit, "learning_rate": rate, **speed}
 
 
 @dataclass(frozen=True)
@@ -186,15 +189,22 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
     for epoch in range(len(history), settings.epochs):
-        row = train_epoch(trainer, loader, truth, epoch, tell)
-        found = predict(trainer, judge)
-        row["val_loss"] = log_loss(found, answers)
-        row["val_accuracy"] = float((found.argmax(1) == answers).mean())
-        if row["val_loss"] < min((r["val_loss"] for r in history), default=math.inf):
-            save_weights(run.folder / "best.pt", trainer.network)
+        row = train_epoch(trainer, loader, truth, epoch, tell) | {"val_loss": None, "val_accuracy": None}
+        if is_judged(epoch, settings.epochs):
+            found = predict(trainer, judge)
+            row["val_loss"] = log_loss(found, answers)
+            row["val_accuracy"] = float((found.argmax(1) == answers).mean())
+            if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
+                save_weights(run.folder / "best.pt", trainer.network)
         history.append(row)
         save_checkpoint(run.folder / "checkpoint.pt", trainer, history)
     return trainer, history
+
+
+def is_judged(epoch: int, epochs: int) -> bool:
+    """Tell whether the held-out slices are predicted after an epoch, 0 to epochs - 1: for the curves, so a
+    tenth of the time of short epochs need not go there. The last one always is."""
+    return (epochs - 1 - epoch) % max(1, epochs // CURVE_POINTS) == 0
 
 
 def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:

@@ -1,43 +1,35 @@
-"""The comparison: that its intervals and p-values are right, and that odd tables end in words.
+"""The comparison: that its errors hold patients and trainings, and that odd tables end in words.
 
-Simulations at full size, by hand (python tests/test_step2_statistics.py, one core): 2,000 up to 100 patients,
-500 above; 1,000 draws each; seven variants, six contrasts against the first. Share of the 95 % intervals that
-cover the true difference, the same where slices are taken for patients (the wrong way), and how often Holm
-rejects any contrast although nothing differs:
-
-    patients x slices   no difference: covered, by slice, any rejected   5 points: covered, by slice
-          20 x 2                       0.951    0.920     0.025                    0.949    0.911
-          40 x 2                       0.953    0.925     0.038                    0.952    0.917
-          52 x 2                       0.948    0.911     0.040                    0.946    0.906
-         100 x 2                       0.950    0.926     0.043                    0.946    0.914
-         300 x 6                       0.950    0.824     0.034                    0.954    0.818
-        1000 x 6                       0.951    0.792     0.040                    0.953    0.806
+The full simulation is tests/benchmarks/simulate_intervals.py; its table stands there.
 """
 
 import sys
-import time
 from math import comb
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
+from simulate_intervals import one_setting, simulate
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
 from step2.bootstrap import bootstrap_weights, patient_ids
+from step2.estimates import Estimates, combine, find_cells, interaction, mean_estimates, paired_correctness
 from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
-    accuracy_draws,
+    best_in_words,
+    best_of,
+    best_set,
     contrast_table,
     declared_contrasts,
-    estimate,
     exact_mcnemar,
-    find_noise_floor,
     holm,
-    paired_correctness,
+    pair_table,
+    score_testing,
+    training_in_words,
     verdict,
 )
 from step2.summary import headline, summarize
@@ -45,56 +37,130 @@ from step2.summary import headline, summarize
 # ---------------------------------------- intervals and errors, by simulation
 
 
-def simulated_calls(patients: int, slices: int, gain: float, rng: np.random.Generator, accuracy: float = 0.6):
-    """Return patient codes (images,) and right or wrong (images, 7), 0 and 1; slices: mean per patient.
-
-    A probit model: a slice is right where a normal score lies below a threshold. Its variance is 0.40 the
-    patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the
-    call's own. The true accuracy is `accuracy` for the first variant, `accuracy + gain` for the others.
-    """
-    codes = np.repeat(np.arange(patients), rng.integers(1, 2 * slices, patients))
-    n, k = len(codes), len(ALL_VARIANTS)
-    score = np.sqrt(0.40) * rng.normal(size=(patients, 1))[codes] + np.sqrt(0.30) * rng.normal(size=(n, 1))
-    score = (
-        score
-        + np.sqrt(0.15) * rng.normal(size=(patients, k))[codes]
-        + np.sqrt(0.15) * rng.normal(size=(n, k))
-    )
-    return codes, (score < norm.ppf(accuracy + np.r_[0, np.full(k - 1, gain)])).astype(float)
+@pytest.mark.parametrize("sd", [0.0, 0.02])
+def test_false_positives_stay_near_five_percent_with_and_without_training_noise(sd):
+    found = one_setting(400, 3, sd, tables=160, draws=200, unequal=False)
+    assert 1.5 < found["one"] < 9  # 480 contrasts, six of a table alike
+    assert 91 < found["covered"] < 98.5
+    if sd:
+        assert found["alone"] > 13  # what patients alone would have said
 
 
-def simulate(patients, slices, gain, simulations, draws, seed=0, accuracy=0.6):
-    """Return the share of intervals covering the truth, by patient and by slice, and of any rejection."""
-    rng, covered, covered_slices, rejected = np.random.default_rng(seed), [], [], []
-    for _ in range(simulations):
-        codes, right = simulated_calls(patients, slices, gain, rng, accuracy)
-        rates = accuracy_draws(pd.DataFrame(right), codes, draws, int(rng.integers(2**31)))
-        pairs = range(1, right.shape[1])
-        rows = [estimate(right[:, j] - right[:, 0], codes, rates[:, j] - rates[:, 0]) for j in pairs]
-        covered += [row["ci_low"] <= gain <= row["ci_high"] for row in rows]
-        rejected.append(len(rows) * min(row["p_value"] for row in rows) <= 0.05)  # Holm's first step
-        alone = np.arange(len(codes))  # the wrong way: each slice a patient of its own
-        rates = accuracy_draws(pd.DataFrame(right[:, :2]), alone, draws, 0)
-        row = estimate(right[:, 1] - right[:, 0], alone, rates[:, 1] - rates[:, 0])
-        covered_slices.append(row["ci_low"] <= gain <= row["ci_high"])
-    return np.mean(covered), np.mean(covered_slices), np.mean(rejected)
+def test_training_sd_is_found():
+    found = one_setting(1500, 5, 0.02, tables=30, draws=200, unequal=False)
+    assert found["sd"] == pytest.approx(2, abs=0.5)
+    assert found["best"] > 85
 
 
-@pytest.mark.parametrize(("patients", "slices", "gain"), [(40, 2, 0.0), (52, 2, 0.05)])
-def test_interval_covers_truth(patients, slices, gain):
-    by_patient, by_slice, _ = simulate(patients, slices, gain, simulations=150, draws=400)
-    assert 0.91 < by_patient < 0.98  # 0.93 to 0.97 at full size, above
-    assert by_slice < by_patient
+def test_more_patients_do_not_buy_off_training_noise():
+    """Ten times the patients: the patients' error shrinks, the trainings' error stays."""
+    rng, errors = np.random.default_rng(0), {}
+    for patients in (200, 2000):
+        rows, right = simulate(rng, patients, 4, 0.04, np.zeros(7))
+        found = mean_estimates(list("abcdefgh"), right, find_cells(rows), 300, 0)
+        errors[patients] = found.errors(found.coefficients([("b", "a")]))
+    assert errors[2000][0] < 0.45 * errors[200][0]
+    assert errors[2000][1] > 0.02 and errors[2000][1] > 2 * errors[2000][0]
 
 
-def test_slice_bootstrap_is_too_narrow():
-    by_patient, by_slice, _ = simulate(200, 6, 0.05, simulations=80, draws=250, seed=1)
-    assert by_slice < 0.88 < 0.91 < by_patient
+def test_repeats_average_training_noise_out():
+    rng = np.random.default_rng(1)
+    parts = [simulate(rng, 1500, 4, 0.04, np.zeros(7)) for _ in range(4)]
+    rows = pd.concat([part[0].assign(repeat=k) for k, part in enumerate(parts)], ignore_index=True)
+    one = mean_estimates(list("abcdefgh"), parts[0][1], find_cells(parts[0][0]), 200, 0)
+    four = mean_estimates(list("abcdefgh"), np.concatenate([p[1] for p in parts]), find_cells(rows), 200, 0)
+    assert four.share == pytest.approx(one.share / 4, rel=0.05)
+    assert four.freedom[1] == 4 * one.freedom[1] == 4 * 7 * 3
 
 
-def test_holm_controls_family_wise_error():
-    _, _, rejected = simulate(52, 2, 0.0, simulations=300, draws=300, seed=2)
-    assert rejected < 0.075  # 0.05 and two standard errors of 300 simulations
+# ---------------------------------------- the parts of an error, by hand
+
+
+def test_interaction_by_hand():
+    """Two variants, two folds: variant and fold explain all but +-0.05 in each cell."""
+    additive = np.array([[[0.5, 0.7]], [[0.6, 0.8]]])  # (variants, repeats, folds)
+    crossed = additive + 0.05 * np.array([[[1, -1]], [[-1, 1]]])
+    assert interaction(additive) == pytest.approx(0)
+    assert interaction(crossed) == pytest.approx(4 * 0.05**2)
+
+
+def test_training_variance_is_what_patients_leave_of_the_interaction():
+    """Cells that no patient moves: the whole interaction is training's, less the caution of nothing."""
+    cells = 0.6 + 0.05 * np.array([[[1, -1]], [[-1, 1]]])
+    observed = np.stack([60 * cells, np.full_like(cells, 60)])
+    found = combine(["a", "b"], observed, np.repeat(observed[None], 50, 0), patients=60)
+    assert found.training == pytest.approx(4 * 0.05**2)  # one degree of freedom
+    assert found.share == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("folds", "variants"), [(1, 3), (4, 1)])
+def test_one_fold_or_one_variant_cannot_tell_training_noise(folds, variants):
+    table = random_table(30, 2, ALL_VARIANTS[:variants], folds=folds)
+    correct, cells = paired_correctness(table)
+    found = mean_estimates(list(correct), correct.to_numpy(), cells, 100, 0)
+    assert np.isnan(found.training) and np.isnan(found.seen[0])
+    if variants > 1:
+        contrasts = contrast_table(table, n_draws=100)
+        assert contrasts["verdict"].str.contains("for these trained networks alone").all()
+        assert "can't tell how far training again" in training_in_words(contrasts)
+
+
+def some_estimates(values, error=0.01, training=0.0) -> Estimates:
+    """Return estimates of independent variants with this error each."""
+    k = len(values)
+    names = tuple(f"v{i}" for i in range(k))
+    seen = (training**0.5, 0.0, 1.0)
+    return Estimates(names, np.array(values), error**2 * np.eye(k), training, seen, 0.25, (499, 20))
+
+
+def test_error_adds_both_sources_and_freedom_lies_between_theirs():
+    found = some_estimates([0.5, 0.6], error=0.01, training=0.0004)
+    row = found.contrast(found.coefficients([("v1", "v0")]))
+    assert row["patient_error"] == pytest.approx(0.01 * 2**0.5)
+    assert row["training_error"] == pytest.approx((0.0004 * 0.25 * 2) ** 0.5)
+    assert row["error"] == pytest.approx(np.hypot(row["patient_error"], row["training_error"]))
+    assert 20 < row["freedom"] < 499
+
+
+def test_equal_pairs_do_not_differ_and_unequal_ones_do():
+    found = some_estimates([0.5, 0.6, 0.5, 0.6, 0.5, 0.8])
+    same = np.array([found.coefficients([("v1", "v0")]), found.coefficients([("v3", "v2")])])
+    other = np.array([found.coefficients([("v1", "v0")]), found.coefficients([("v5", "v4")])])
+    assert found.differ(same) == pytest.approx(1)
+    assert found.differ(other) < 1e-6
+
+
+# ---------------------------------------- which is best
+
+
+def test_best_set_holds_what_cannot_be_told_from_the_best():
+    best = best_of(some_estimates([0.60, 0.79, 0.80, 0.70]), ["v0", "v1", "v2", "v3"])
+    assert list(best["variant"]) == ["v2", "v1", "v3", "v0"]
+    assert list(best["in_best_set"]) == [True, True, False, False]
+    assert best["difference"].tolist() == pytest.approx([0.01, -0.01, -0.10, -0.20])
+    assert best_in_words(best) == "Best, or not to be told from it: v2, v1; worse: v3, v0."
+    assert (best["ci_low"] <= best["difference"]).all() and (best["difference"] <= best["ci_high"]).all()
+
+
+def test_dunnett_quantile_agrees_with_its_published_value():
+    """Two comparisons, many degrees of freedom, correlation 0.5, one-sided 5 %: 1.92 (Dunnett 1955)."""
+    found = some_estimates([0.5, 0.5, 0.5])
+    one_sided = best_of(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / (0.01 * 2**0.5)
+    assert one_sided == pytest.approx(1.92, abs=0.03)
+
+
+def test_a_clear_winner_is_alone_in_the_best_set():
+    best = best_of(some_estimates([0.5, 0.9, 0.6]), ["v0", "v1", "v2"])
+    assert best_in_words(best) == "Best: v1; worse: v2, v0."
+    assert best["ci_low"].iloc[0] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_variants_that_predict_alike_share_the_best_set():
+    labels = [CLASSES[i % 6] for i in range(24)]
+    calls = dict.fromkeys(("0_Dicom2PNG", "1_ROI"), labels[:12] + labels[:1] * 12)
+    best = best_set(prediction_table(calls, labels, [f"P{i}" for i in range(24)]), n_draws=100)
+    assert best["in_best_set"].all()
 
 
 # ---------------------------------------- against definitions and by hand
@@ -140,12 +206,12 @@ def test_difference_by_hand():
     assert row["verdict"].startswith("1_ROI beats 0_Dicom2PNG by 33.3 points (1")
 
 
-def test_repeats_are_averaged_not_counted():
+def test_repeats_count_no_patient_twice():
     labels, patients = ["epidural"] * 4, ["P1", "P1", "P2", "P2"]
     calls = {"a": [*labels, "healthy", *labels[1:]]}
-    correct, people = paired_correctness(prediction_table(calls, labels, patients, repeats=2))
-    assert correct["a"].tolist() == [0.5, 1, 1, 1]
-    assert len(people) == 4
+    correct, cells = paired_correctness(prediction_table(calls, labels, patients, repeats=2))
+    assert correct["a"].tolist() == [1, 1, 1, 1, 0, 1, 1, 1]
+    assert cells.patients == 2 and cells.shape == (2, 1)
 
 
 def test_bootstrap_draws_whole_patients():
@@ -153,16 +219,6 @@ def test_bootstrap_draws_whole_patients():
     assert weights.shape == (600, 7)
     assert (weights.sum(axis=1) == 7).all()
     assert np.allclose(weights.mean(axis=0), 1, atol=0.15)
-
-
-def test_ten_thousand_draws_take_seconds():
-    right = (np.random.default_rng(0).random((6000, 7)) < 0.6).astype(float)
-    started = time.perf_counter()
-    draws = accuracy_draws(pd.DataFrame(right, columns=ALL_VARIANTS), np.arange(6000) // 6, 10_000)
-    seconds = time.perf_counter() - started
-    print(f"10,000 draws, 7 variants, 6,000 images of 1,000 patients: {seconds:.2f} s")
-    assert draws.shape == (10_000, 7)
-    assert seconds < 20
 
 
 # ---------------------------------------- which contrasts
@@ -175,7 +231,6 @@ def test_each_variant_is_compared_with_the_baseline():
 def test_effects_of_steps_follow_the_folders():
     declared = declared_contrasts(ALL_VARIANTS)
     assert [(c["contrast"], len(c["pairs"])) for c in declared if c["kind"] == "factorial"] == [
-        ("effect of ROI", 1),
         ("effect of CLAHE", 2),
         ("effect of bilateral", 2),
         ("effect of noblank", 3),
@@ -185,7 +240,7 @@ def test_effects_of_steps_follow_the_folders():
 @pytest.mark.parametrize(
     ("variants", "expected"),
     [
-        (ALL_VARIANTS[:2], ["1_ROI", "effect of ROI"]),
+        (ALL_VARIANTS[:2], ["1_ROI"]),  # the effect of ROI is this contrast, not another one
         (["1_ROI", "4_ROI+noblank"], ["effect of noblank"]),
         (["1_ROI", "6_ROI+noblank+CLAHE+Bilateral"], []),
         (["0_Dicom2PNG"], []),
@@ -202,7 +257,15 @@ def test_control_is_a_contrast_of_its_own():
     found = contrast_table(table, control, n_draws=500)
     row = found[found["kind"] == "control"].iloc[0]
     assert (row["a"], row["b"]) == ("0_Dicom2PNG, other seed", "0_Dicom2PNG")
-    assert find_noise_floor(found) == pytest.approx(max(abs(row["ci_low"]), abs(row["ci_high"])))
+    assert row["verdict"].startswith("one variant against itself")
+
+
+def test_pairs_of_a_step_are_shown_one_by_one():
+    pairs = pair_table(random_table(60, 2, ALL_VARIANTS, folds=3), n_draws=200)
+    clahe = pairs[pairs["step"] == "CLAHE"]
+    assert list(clahe["b"]) == ["1_ROI", "4_ROI+noblank"]
+    assert clahe["p_differ"].nunique() == 1 and clahe["p_differ"].between(0, 1).all()
+    assert np.isnan(pairs.loc[pairs["b"] == "0_Dicom2PNG", "p_differ"]).all()
 
 
 # ---------------------------------------- verdicts
@@ -211,6 +274,7 @@ def test_control_is_a_contrast_of_its_own():
 def some_row(**given) -> dict:
     """Return a contrast as verdict needs it."""
     names = {"kind": "primary", "contrast": "1_ROI", "a": "1_ROI", "b": "0_Dicom2PNG", "n_patients": 50}
+    names |= {"training_sd": 0.01}
     return names | given
 
 
@@ -229,11 +293,48 @@ def test_verdict(difference, low, high, p, words):
     assert words in verdict(some_row(difference=difference, ci_low=low, ci_high=high, p_holm=p))
 
 
-@pytest.mark.parametrize(("floor", "named"), [(0.04, True), (0.02, False), (np.nan, False)])
-def test_verdict_names_the_noise_floor_where_it_reaches_the_difference(floor, named):
+def test_verdict_names_what_is_still_learning():
     row = some_row(difference=0.03, ci_low=0.01, ci_high=0.05, p_holm=0.01)
-    text = verdict(row, noise_floor=floor)
-    assert text.endswith(", yet a retraining alone may move 4.0") == ("retraining" in text) == named
+    assert verdict(row, learning=["0_Dicom2PNG", "2_ROI+CLAHE"]).endswith("(still learning: 0_Dicom2PNG)")
+    assert "learning" not in verdict(row)
+
+
+def test_equivalence_margin_is_the_one_that_was_set():
+    row = some_row(difference=0.001, ci_low=-0.02, ci_high=0.02, p_holm=0.9)
+    assert "can't tell" in verdict(row)
+    assert "equivalent within 2.5 points" in verdict(row, margin=0.025)
+
+
+# ---------------------------------------- the testing slices
+
+
+def score_of(right: dict[str, int], slices: int = 24, patients: int = 12) -> pd.DataFrame:
+    """Return score_testing where each variant gets the first so many slices right."""
+    images = [f"TestingData/{i}.png" for i in range(slices)]
+    people = [f"T{i % patients}" for i in range(slices)]
+    testing = pd.DataFrame({"image": images, "label": "epidural", "patient": people})
+    found = {
+        variant: pd.DataFrame({"image": images, "predicted": ["epidural"] * n + ["healthy"] * (slices - n)})
+        for variant, n in right.items()
+    }
+    return score_testing(found, testing, n_draws=300)
+
+
+def test_testing_slices_are_scored_by_patients():
+    table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}).set_index("variant")
+    assert table.loc["1_ROI", ["slices", "patients", "right"]].tolist() == [24, 12, 20]
+    assert table.loc["1_ROI", "difference to 0_Dicom2PNG"] == pytest.approx(12 / 24)
+    assert 0 < table.loc["1_ROI", "ci_low"] < 20 / 24 < table.loc["1_ROI", "ci_high"] <= 1
+
+
+def test_testing_slices_all_right_and_too_few_patients():
+    assert 0.7 < score_of({"0_Dicom2PNG": 24})["ci_low"].iloc[0] < 1  # Wilson's, of 12 patients
+    assert np.isnan(score_of({"0_Dicom2PNG": 4}, slices=6, patients=6)["ci_low"].iloc[0])
+
+
+def test_testing_slices_without_labels_are_not_scored():
+    testing = pd.DataFrame({"image": ["a.png"], "label": [""], "patient": ["T"]})
+    assert score_testing({"0_Dicom2PNG": pd.DataFrame()}, testing).empty
 
 
 # ---------------------------------------- odd tables end in numbers or words
@@ -242,7 +343,8 @@ def test_verdict_names_the_noise_floor_where_it_reaches_the_difference(floor, na
 def assert_words_without_nan(table, control=None):
     """Check verdicts and summary of a table, and return its contrasts."""
     found, metrics = contrast_table(table, control, n_draws=300), metric_table(table, n_draws=100)
-    summary = summarize(table, found, metrics, "caption", True)
+    best = best_set(table, control, n_draws=300)
+    summary = summarize(table, found, metrics, best, "caption", True)
     assert "nan" not in " ".join([*found["verdict"], summary]).lower().replace("variant", "")
     assert found["verdict"].str.len().gt(10).all()
     return found
@@ -313,7 +415,7 @@ def test_image_twice_in_a_variant_is_named():
 @pytest.mark.parametrize("blank", ["", " ", None, float("nan")])
 def test_images_without_patient_are_patients_of_their_own(blank):
     table = random_table(12, 2, ALL_VARIANTS[:2]).assign(patient=blank)
-    assert paired_correctness(table)[1].nunique() == patient_ids(table).nunique() == table["image"].nunique()
+    assert paired_correctness(table)[1].patients == patient_ids(table).nunique() == table["image"].nunique()
 
 
 def test_absent_baseline_leaves_no_primary_contrast():
@@ -326,15 +428,3 @@ def test_effects_alone_answer_no_declared_comparison():
     found = contrast_table(random_table(20, 2, ALL_VARIANTS[1:3]), n_draws=60)
     assert list(found["kind"]) == ["factorial"]
     assert headline(found).startswith("Without 0_Dicom2PNG")
-
-
-if __name__ == "__main__":
-    for setting in ((20, 2), (40, 2), (52, 2), (100, 2), (300, 6), (1000, 6)):
-        for gain in (0.0, 0.05):
-            count = 2000 if setting[0] <= 100 else 500
-            by_patient, by_slice, error = simulate(*setting, gain, count, 1000)
-            print(
-                f"{setting[0]:5} patients, {setting[1]} slices each, difference {gain:.2f}, "
-                f"{count} runs: covered {by_patient:.3f}, by slice {by_slice:.3f}, rejected {error:.3f}",
-                flush=True,
-            )

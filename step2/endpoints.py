@@ -1,0 +1,49 @@
+"""The clinical endpoint, any hemorrhage against healthy: paired differences between variants, as secondary.
+
+AUC, and sensitivity at 90 % specificity, by 1 - p(healthy). Both with the same two sources of noise as accuracy.
+"""
+
+import numpy as np
+import pandas as pd
+
+from step2.bootstrap import MIN_PATIENTS
+from step2.metrics import METRIC_DRAWS, concordance, patient_counts, ranking_estimates, sensitivity_at_90
+from step2.statistics import all_contrasts, holm
+
+ENDPOINTS = {"AUC": concordance, "sensitivity at 90 % specificity": sensitivity_at_90}
+MIN_HEALTHY = 10  # healthy slices a fold; of fewer, 90 % is no number of slices
+
+
+def endpoint_table(
+    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = METRIC_DRAWS, seed: int = 0
+) -> pd.DataFrame:
+    """Return all contrasts of both endpoints, DataFrame; empty where there are too few healthy or bleeding.
+
+    Columns: endpoint, contrast, kind, a, b, value_a, value_b (of single pairs), difference, error,
+    patient_error, training_error, ci_low, ci_high, p_value, p_holm (within endpoint and kind). Secondary:
+    nothing corrects for there being two endpoints beside accuracy.
+    """
+    declared, rows = all_contrasts(predictions, control)
+    counts = patient_counts(predictions)
+    if not declared or min(counts["healthy"], counts["bleeding"]) < MIN_PATIENTS:
+        return pd.DataFrame()
+    healthy = rows[rows["label"] == "healthy"].groupby(["variant", "repeat", "fold"]).size()
+    found = []
+    for endpoint, measure in ENDPOINTS.items():
+        if measure is sensitivity_at_90 and healthy.min() < MIN_HEALTHY:
+            print(
+                f"{endpoint}: not estimable, {healthy.min()} healthy slices in a fold, {MIN_HEALTHY} needed"
+            )
+            continue
+        estimates = ranking_estimates(rows, measure, n_draws, seed)
+        value = dict(zip(estimates.names, estimates.values, strict=True))
+        for each in declared:
+            pairs = each["pairs"]
+            row = {"endpoint": endpoint, "contrast": each["contrast"], "kind": each["kind"]}
+            row |= {side: " and ".join(pair[i] for pair in pairs) for i, side in enumerate("ab")}
+            single = pairs[0] if len(pairs) == 1 else ("", "")
+            row |= {f"value_{side}": value.get(single[i], np.nan) for i, side in enumerate("ab")}
+            found.append(row | estimates.contrast(estimates.coefficients(pairs)))
+    table = pd.DataFrame(found).drop(columns="freedom")
+    table["p_holm"] = table.groupby(["endpoint", "kind"])["p_value"].transform(holm)
+    return table

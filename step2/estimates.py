@@ -1,0 +1,206 @@
+"""A metric of every variant, and its two sources of noise: the patients who were tested, and training itself.
+
+A variant's accuracy would come out otherwise on other patients, and otherwise on the same patients after
+another training (new folds, initial weights and order). The first noise shrinks as patients grow, the second
+as trainings do, so both have to be in an error. Patients: covariances between variants over bootstrap draws
+of whole patients, which take the trained networks as given. Trainings: the accuracies form a table of
+variants by folds. What neither variant nor fold explains of it (the interaction) is training noise and
+sampling noise together; taking off what the sampling of patients explains, by the same draws, leaves the
+variance of one training, pooled over variants (and control).
+
+A contrast's error^2 is its own patient variance plus, for each variant in it, the training variance shared by
+its trainings; t after Satterthwaite (1946). Folds share training slices, so no estimate of the variance over
+new training sets is unbiased (Bengio and Grandvalet, 2004): all of this speaks of training on these patients.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
+
+# Of the interaction's variance, in standard deviations, what counts as sampling before training noise is seen:
+# without it a variance that can't be negative comes out above 0 half of the time where there is none.
+CAUTION = 0.2
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """A metric of k variants. values: float (k,); patients: covariance from who was tested, float (k, k).
+
+    training: variance of one training (a fold's) about its variant, for errors; NaN where the table can't
+    tell (one variant, or one fold). seen: (estimate, lower, upper) of its square root, for reports, 95 %.
+    share: sum of the squared shares of a variant's trainings; freedom: degrees, of patients and trainings.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    patients: np.ndarray
+    training: float
+    seen: tuple[float, float, float]
+    share: float
+    freedom: tuple[int, int]
+
+    def errors(self, coefficients: np.ndarray) -> tuple[float, float, float]:
+        """Return a contrast's errors, from patients and from trainings, and its degrees of freedom.
+
+        coefficients: float (k,). NaN where the patients are too few, or no patient differs.
+        """
+        sampling = float(coefficients @ self.patients @ coefficients)
+        luck = np.nan_to_num(self.training) * self.share * float(coefficients @ coefficients)
+        if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
+            return np.nan, np.nan, np.nan
+        both = (sampling + luck) ** 2 / (sampling**2 / self.freedom[0] + luck**2 / max(self.freedom[1], 1))
+        return float(np.sqrt(sampling)), float(np.sqrt(luck)), both
+
+    def contrast(self, coefficients: np.ndarray) -> dict[str, float]:
+        """Return difference, 95 % interval, errors and p of a contrast, dict; NaN where not estimable.
+
+        seed_noise: the SD of the difference that training again alone would make, as far as it was seen.
+        """
+        difference = float(np.round(coefficients @ self.values, 12))
+        sampling, luck, freedom = self.errors(coefficients)
+        error = float(np.hypot(sampling, luck))
+        half = stats.t.ppf(1 - ALPHA / 2, freedom) * error
+        p = 2 * stats.t.sf(abs(difference) / error, freedom)
+        noise = self.seen[0] * np.sqrt(self.share * float(coefficients @ coefficients))
+        return {
+            **{"difference": difference, "ci_low": difference - half, "ci_high": difference + half},
+            **{"error": error, "patient_error": sampling, "training_error": luck, "seed_noise": noise},
+            **{"p_value": p, "freedom": freedom},
+        }
+
+    def differ(self, contrasts: np.ndarray) -> float:
+        """Return the p of several contrasts being equal (Wald's F), NaN for one. contrasts: float (m, k)."""
+        steps = np.diff(contrasts, axis=0)
+        freedom = min((self.errors(step)[2] for step in steps), default=np.nan)
+        if np.isnan(freedom):
+            return np.nan
+        luck = np.nan_to_num(self.training) * self.share
+        covariance = steps @ self.patients @ steps.T + luck * steps @ steps.T
+        apart = steps @ self.values
+        wald = float(apart @ np.linalg.pinv(covariance, hermitian=True) @ apart) / len(steps)
+        return float(stats.f.sf(wald, len(steps), freedom))
+
+    def coefficients(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Return the coefficients of the mean difference, a minus b, of some pairs, float (k,)."""
+        found = np.zeros(len(self.names))
+        for a, b in pairs:
+            found[self.names.index(a)] += 1 / len(pairs)
+            found[self.names.index(b)] -= 1 / len(pairs)
+        return found
+
+
+def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patients: int) -> Estimates:
+    """Return the estimates of a metric that is a quotient of two sums over cells.
+
+    observed: float (2, k, repeats, folds), numerator and denominator of each variant in each cell.
+    draws: the same in each bootstrap draw, float (draws, 2, k, repeats, folds).
+    patients: how many the metric speaks about.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cells, drawn = observed[0] / observed[1], draws[:, 0] / draws[:, 1]
+        values = observed[0].sum((1, 2)) / observed[1].sum((1, 2))
+        totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
+    k, repeats, folds = cells.shape
+    unbiased = patients / max(patients - 1, 1)
+    covariance = np.atleast_2d(np.cov(totals[np.isfinite(totals).all(1)], rowvar=False)) * unbiased
+    if np.isnan(totals).mean() > ALPHA:
+        covariance = np.full((k, k), np.nan)
+    weights = observed[1, 0] / observed[1, 0].sum()
+    freedom = (k - 1) * repeats * (folds - 1)
+    training, seen = np.nan, (np.nan, np.nan, np.nan)
+    if freedom and np.isfinite(drawn).all((1, 2, 3)).mean() > 1 - ALPHA:
+        drawn = drawn[np.isfinite(drawn).all((1, 2, 3))]
+        whole = patients / folds / max(patients / folds - 1, 1)
+        within = interaction(cells)
+        # the same sum of squares in each draw, about that of the observed table, is what patients explain
+        sampling = interaction(drawn - cells).mean() / freedom * whole
+        mean_square = within / freedom
+        caution = CAUTION * np.sqrt(2 / freedom) * sampling
+        training = max(mean_square - sampling - caution, 0.0)
+        ends = within / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom) - sampling
+        seen = tuple(np.sqrt(np.maximum([mean_square - sampling, *ends], 0)))  # type: ignore[assignment]
+    share = float((weights**2).sum())
+    return Estimates(tuple(names), values, covariance, training, seen, share, (patients - 1, freedom))
+
+
+def interaction(cells: np.ndarray) -> np.ndarray:
+    """Return the sum of squares that neither variant nor fold explains, within repeats, float (...).
+
+    cells: float (..., variants, repeats, folds).
+    """
+    centred = cells - cells.mean(-1, keepdims=True)
+    centred = centred - centred.mean(-3, keepdims=True)
+    return (centred**2).sum((-3, -2, -1))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Who was tested where. codes: int (rows,), each row's patient; cell: int (rows,), repeat and fold."""
+
+    codes: np.ndarray
+    cell: np.ndarray
+    shape: tuple[int, int]
+
+    @property
+    def patients(self) -> int:
+        """How many patients there are."""
+        return int(self.codes.max()) + 1
+
+
+def find_cells(rows: pd.DataFrame) -> Cells:
+    """Return who was tested where. rows: with the columns repeat, fold, image and patient."""
+    repeats, folds = (pd.factorize(rows[column], sort=True)[0] for column in ("repeat", "fold"))
+    shape = (int(repeats.max()) + 1, int(folds.max()) + 1)
+    return Cells(pd.factorize(patient_ids(rows))[0], repeats * shape[1] + folds, shape)
+
+
+def paired_correctness(predictions: pd.DataFrame) -> tuple[pd.DataFrame, Cells]:
+    """Return right (1) or wrong (0), DataFrame (repeat and image, variants), and the cells of its rows.
+
+    ValueError where the variants weren't tested on the same images.
+    """
+    rows = predictions.assign(correct=(predictions["label"] == predictions["predicted"]).astype(float))
+    keys = ["repeat", "image"]
+    if rows.duplicated([*keys, "variant"]).any():
+        twice = rows[rows.duplicated([*keys, "variant"])].iloc[0]
+        raise ValueError(
+            f"{twice['image']} of {twice['variant']} was predicted twice in repeat {twice['repeat']}"
+        )
+    table = rows.pivot(index=keys, columns="variant", values="correct")[list(dict.fromkeys(rows["variant"]))]
+    if table.isna().any(axis=None):
+        repeat, image, variant = table.isna().stack().idxmax()
+        raise ValueError(
+            f"{image} has no prediction of {variant} in repeat {repeat}, others have one: variants must be "
+            "tested on the same images; run Step 1 and the training of this variant again"
+        )
+    first = rows[rows["variant"] == table.columns[0]]
+    where = first.set_index(keys).loc[table.index].reset_index()
+    return table, find_cells(where)
+
+
+def mean_estimates(
+    names: Sequence[str], values: np.ndarray, cells: Cells, n_draws: int, seed: int
+) -> Estimates:
+    """Return the estimates of a mean over rows. values: float (rows, k), such as 1 for right, 0 for wrong."""
+    count, places = cells.patients, cells.shape[0] * cells.shape[1]
+    both = np.column_stack([values, np.ones(len(values))])
+    sums = [sum_by_patient(both[cells.cell == c], cells.codes[cells.cell == c], count) for c in range(places)]
+    shape = (-1, len(names) + 1, *cells.shape)
+
+    def quotient(weights: np.ndarray) -> np.ndarray:
+        found = np.stack([weights @ of_cell for of_cell in sums], axis=-1).reshape(shape)
+        counts = np.broadcast_to(found[:, -1:], found[:, :-1].shape)
+        return np.stack([found[:, :-1], counts], axis=1)
+
+    draws = np.concatenate([quotient(weights) for weights in _draws(count, n_draws, seed)])
+    return combine(names, quotient(np.ones((1, count)))[0], draws, count)
+
+
+def _draws(patients: int, n_draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield bootstrap weights; a single draw of ones where there are too few patients for more."""
+    yield from bootstrap_weights(patients, n_draws if patients >= MIN_PATIENTS else 2, seed)

@@ -1,0 +1,129 @@
+"""Are the intervals right? Tables with a known truth, through the functions that the notebook calls.
+
+    python tests/benchmarks/simulate_intervals.py                       # every setting, 1,000 tables each
+    python tests/benchmarks/simulate_intervals.py --tables 200 --patients 52
+
+A probit model: a slice is right where a normal score lies below a threshold. The score's variance is 0.40 the
+patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the call's
+own. Each training (variant, fold) shifts the threshold by chance, by an SD of so many points of accuracy near
+its 60 %. Seven variants and a control, patients of 1 to 3 slices. --unequal: variants 2 and 3 are twins, which share most
+of what is their own, as CLAHE and CLAHE + bilateral do; "twins" is the false positives of that quiet contrast.
+
+Printed for each setting, in % of the tables, of six contrasts with the first variant: false positives of one contrast, Holm's
+family-wise error, both also for patients alone (what a method that takes the trained networks as given would
+say), coverage of a true difference of 5 points, how often the best set holds the truly best variant, the
+interval's width over that of patients alone, and the SD of a training that was found, in points.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+from step2.estimates import Estimates, find_cells, mean_estimates
+from step2.statistics import best_of, holm
+
+VARIANTS = 7  # and a control of the first
+OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins have in common
+
+
+def simulate(
+    rng: np.random.Generator, patients: int, folds: int, sd: float, gains: np.ndarray, unequal: bool = False
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return rows (patient, image, repeat, fold) and right or wrong, float (rows, variants and control).
+
+    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy.
+    """
+    codes = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
+    n, k = len(codes), VARIANTS + 1
+    own, call = rng.normal(size=(patients, k)), rng.normal(size=(n, k))
+    if unequal:
+        for noise in (own, call):
+            noise[:, 2:4] = np.sqrt(1 - TWINS) * noise[:, 2:4] + np.sqrt(TWINS) * rng.normal(
+                size=(len(noise), 1)
+            )
+    own[:, -1] = own[:, 0]  # the control sees the first variant's pictures
+    score = np.sqrt(0.40) * rng.normal(size=(patients, 1))[codes] + np.sqrt(0.30) * rng.normal(size=(n, 1))
+    score = score + np.sqrt(OWN) * own[codes] + np.sqrt(CALL) * call
+    fold = (rng.permutation(patients) % folds)[codes]
+    shift = sd * rng.normal(size=(folds, k))
+    threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
+    rows = pd.DataFrame({"patient": codes.astype(str), "image": np.arange(n), "repeat": 1, "fold": fold})
+    return rows, (score < threshold).astype(float)
+
+
+def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
+    """Return the six contrasts with the first variant, and that of the twins."""
+    against = [found.contrast(found.coefficients([(name, names[0])])) for name in names[1:]]
+    return against, found.contrast(found.coefficients([(names[2], names[3])]))
+
+
+def one_setting(
+    patients: int, folds: int, sd: float, tables: int, draws: int, unequal: bool
+) -> dict[str, float]:
+    """Return what the docstring lists, for one setting, as a dict."""
+    rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal])
+    names = [f"v{i}" for i in range(VARIANTS)]
+    known: dict[str, list] = {key: [] for key in (
+        "one", "alone", "twins", "family", "family alone", "covered", "best", "width", "sd")}  # fmt: skip
+    for number in range(tables):
+        gain = 0.05 * (number % 2)  # every second table has a true difference
+        gains = np.r_[0, np.full(VARIANTS - 1, gain)]
+        rows, right = simulate(rng, patients, folds, sd, gains, unequal)
+        cells = find_cells(rows)
+        found = mean_estimates([*names, "control"], right, cells, draws, int(rng.integers(2**31)))
+        both, twins = contrasts(found, names)
+        alone, _ = contrasts(replace(found, training=0.0, freedom=(found.freedom[0], 10**6)), names)
+        known["width"] += [b["error"] for b in both], [a["error"] for a in alone]
+        known["sd"].append(found.seen[0] ** 2)
+        known["twins"].append(twins["p_value"] < 0.05)
+        if gain:
+            known["covered"] += [row["ci_low"] <= gain <= row["ci_high"] for row in both]
+            rise = 0.02 * (np.arange(VARIANTS) == 4)  # one is truly the best, by little
+            better = simulate(rng, patients, folds, sd, rise, unequal)
+            guess = mean_estimates([*names, "control"], better[1], find_cells(better[0]), draws, number)
+            best = best_of(guess, names).set_index("variant")
+            known["best"].append(best.loc["v4", "in_best_set"])
+            continue
+        for key, several in (("one", both), ("alone", alone)):
+            p = pd.Series([row["p_value"] for row in several])
+            known[key] += list(p < 0.05)
+            known["family" if key == "one" else "family alone"].append((holm(p) <= 0.05).any())
+    width = np.array(known.pop("width"))
+    spread = np.sqrt(np.mean(known.pop("sd")))
+    shares = {key: 100 * float(np.mean(values)) for key, values in known.items()}
+    return shares | {"width": float(width[::2].mean() / width[1::2].mean()), "sd": 100 * float(spread)}
+
+
+def main() -> None:
+    """Print a line for each setting."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tables", type=int, default=2000, help="a setting; half have a true difference")
+    parser.add_argument("--draws", type=int, default=500, help="bootstrap draws a table")
+    parser.add_argument("--patients", type=int, nargs="+", default=[52, 500, 3000])
+    parser.add_argument("--folds", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--sd", type=float, nargs="+", default=[0, 0.5, 1, 2], help="of a training, points")
+    parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
+    args = parser.parse_args()
+    print("patients folds SD | one  alone twins family alone | covered best | width SD found", flush=True)
+    for patients in args.patients:
+        for folds in args.folds:
+            for sd in args.sd:
+                r = one_setting(patients, folds, sd / 100, args.tables, args.draws, args.unequal)
+                print(
+                    f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
+                    f"{r['family']:6.1f} {r['family alone']:5.1f} | {r['covered']:7.1f} {r['best']:4.1f} | "
+                    f"{r['width']:5.3f} {r['sd']:.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
