@@ -175,18 +175,18 @@ def test_each_variant_is_compared_with_the_baseline():
 def test_effects_of_steps_follow_the_folders():
     declared = declared_contrasts(ALL_VARIANTS)
     assert [(c["contrast"], len(c["pairs"])) for c in declared if c["kind"] == "factorial"] == [
-        ("effect of ROI", 1),
+        ("effect of ROI (mask and brain window)", 1),
         ("effect of CLAHE", 2),
         ("effect of bilateral", 2),
-        ("effect of noblank", 3),
+        ("effect of noblank (skull black and crop)", 3),
     ]
 
 
 @pytest.mark.parametrize(
     ("variants", "expected"),
     [
-        (ALL_VARIANTS[:2], ["1_ROI", "effect of ROI"]),
-        (["1_ROI", "4_ROI+noblank"], ["effect of noblank"]),
+        (ALL_VARIANTS[:2], ["1_ROI", "effect of ROI (mask and brain window)"]),
+        (["1_ROI", "4_ROI+noblank"], ["effect of noblank (skull black and crop)"]),
         (["1_ROI", "6_ROI+noblank+CLAHE+Bilateral"], []),
         (["0_Dicom2PNG"], []),
     ],
