@@ -39,7 +39,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import chain
 from logging import CRITICAL, NullHandler, getLogger
 from multiprocessing import resource_tracker
@@ -175,18 +175,25 @@ class Scan:
 
     def __init__(self, hu: np.ndarray, window: tuple[float, float] | None = BRAIN_WINDOW):
         self.hu, self.window = hu, window
+        self.found: dict[str, Any] = {}
 
-    @cached_property
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """Return what was found under this name; no cached_property, as --dask could not send its lock."""
+        if name not in self.found:
+            self.found[name] = find()
+        return self.found[name]
+
+    @property
     def head(self) -> np.ndarray:
-        return head_mask(self.hu)
+        return self.once("head", lambda: head_mask(self.hu))
 
-    @cached_property
+    @property
     def bone(self) -> np.ndarray:
-        return bone_mask(self.hu, self.head)
+        return self.once("bone", lambda: bone_mask(self.hu, self.head))
 
-    @cached_property
+    @property
     def box(self) -> tuple[int, int, int, int]:
-        return square_box(self.head & ~self.bone)
+        return self.once("box", lambda: square_box(self.head & ~self.bone))
 
 
 @dataclass(frozen=True)
@@ -654,6 +661,8 @@ def crop(array: np.ndarray, box: tuple[int, int, int, int], fill: float) -> np.n
     """Cut a box out of an array, grey or colour; what lies beyond the right and lower edge is filled."""
     x0, y0, x1, y1 = box
     part = array[y0:y1, x0:x1]
+    if part.shape[:2] == (y1 - y0, x1 - x0):
+        return np.ascontiguousarray(part)
     missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]), (0, 0))
     return np.pad(part, missing[: array.ndim], constant_values=fill)
 
