@@ -3,13 +3,15 @@
     python Step1_Image_Preprocessing.py                               # raw_data -> data_preprocessing
     python Step1_Image_Preprocessing.py --raw-data D:/ct --output D:/png --jobs 8
     python Step1_Image_Preprocessing.py --variants 0 2_ROI+CLAHE      # only these two
+    python Step1_Image_Preprocessing.py --variants all                # the seven, and those of single steps
     python Step1_Image_Preprocessing.py --roi-window 50,130           # another fixed window for ROI
 
 Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file.
          <raw-data>/TestingData_labels.csv (image,label) is optional.
-Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey
+Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey; RGB after the step windows
          <output>/manifest.csv, a row per input file; the notebook takes its patients from it
-         (blank and head_fraction are known with a ROI variant, bone_fraction and crop with a noblank one)
+         (blank and head_fraction are known with a variant that masks the head, as ROI does; bone_fraction
+         and crop with one that takes the skull away or crops, as noblank does)
          <output>/preview.png, a labelled contact sheet
 
 A second run does only what is missing or changed. A file that can't be used costs only itself: it becomes a
@@ -68,7 +70,7 @@ except ImportError:
 
 CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
 
-VARIANTS = {  # folder -> the steps after dicom2png; one more line here is one more variant
+VARIANTS: dict[str, tuple[str, ...]] = {  # folder -> steps after dicom2png; a line more is a variant more
     "0_Dicom2PNG": (),
     "1_ROI": ("roi",),
     "2_ROI+CLAHE": ("roi", "clahe"),
@@ -77,8 +79,18 @@ VARIANTS = {  # folder -> the steps after dicom2png; one more line here is one m
     "5_ROI+noblank+CLAHE": ("roi", "noblank", "clahe"),
     "6_ROI+noblank+CLAHE+Bilateral": ("roi", "noblank", "clahe", "bilateral"),
 }
+EXTRA_VARIANTS: dict[str, tuple[str, ...]] = {  # made when asked for: what ROI and noblank are made of
+    "7_Window": ("window",),
+    "8_Mask": ("mask",),
+    "9_ROI+crop": ("roi", "crop"),
+    "10_ROI+noskull": ("roi", "noskull"),
+    "11_ROI+windows": ("roi", "windows"),
+}
+KNOWN_VARIANTS = VARIANTS | EXTRA_VARIANTS
+BUNDLES = {"roi": ("mask", "window"), "noblank": ("noskull", "crop")}  # the single steps are those of STEPS
 
 BRAIN_WINDOW = (40.0, 80.0)  # centre, width in HU: the usual window for the brain and for fresh blood
+COLOUR_WINDOWS = (BRAIN_WINDOW, (80.0, 200.0), (600.0, 2800.0))  # red brain, green subdural, blue bone
 AIR_HU = -1000.0  # what pixel padding becomes
 
 TISSUE_HU = -200  # fat and skin lie above, foam and cushions below
@@ -154,15 +166,46 @@ class UsageError(Exception):
     """What the user asked for can't be done; its text says why and what to do."""
 
 
-@dataclass(frozen=True)
-class CTSlice:
-    """One slice on its way through the steps; the three arrays have the same shape (rows, columns).
+class Scan:
+    """One slice as it was scanned, and what steps look for in it, once for all variants.
 
-    hu: float32, Hounsfield units.  image: uint8, the picture so far.  mask: bool, what is not background.
-    box: (x0, y0, x1, y1), the part of the original slice that the arrays show, x1 and y1 exclusive.
+    hu: float32 (rows, columns), Hounsfield units.  window: (centre, width) in HU that the step window shows,
+    None for that of the header.  head, bone: bool (rows, columns).  box: the square round head without bone.
     """
 
-    hu: np.ndarray
+    def __init__(self, hu: np.ndarray, window: tuple[float, float] | None = BRAIN_WINDOW):
+        self.hu, self.window = hu, window
+        self.found: dict[str, Any] = {}
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """Return what was found under this name; no cached_property, as --dask could not send its lock."""
+        if name not in self.found:
+            self.found[name] = find()
+        return self.found[name]
+
+    @property
+    def head(self) -> np.ndarray:
+        return self.once("head", lambda: head_mask(self.hu))
+
+    @property
+    def bone(self) -> np.ndarray:
+        return self.once("bone", lambda: bone_mask(self.hu, self.head))
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.once("box", lambda: square_box(self.head & ~self.bone))
+
+
+@dataclass(frozen=True)
+class CTSlice:
+    """One slice on its way through the steps.
+
+    image: uint8, the picture so far, grey (rows, columns) or RGB (rows, columns, 3).  mask: bool (rows,
+    columns), what is not background.  box: (x0, y0, x1, y1), the part of the scan that these two show, x1 and
+    y1 exclusive.
+    """
+
+    scan: Scan
     image: np.ndarray
     mask: np.ndarray
     box: tuple[int, int, int, int]
@@ -615,39 +658,70 @@ def square_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def crop(array: np.ndarray, box: tuple[int, int, int, int], fill: float) -> np.ndarray:
-    """Cut a box out of an array; what lies beyond the right and lower edge is filled."""
+    """Cut a box out of an array, grey or colour; what lies beyond the right and lower edge is filled."""
     x0, y0, x1, y1 = box
     part = array[y0:y1, x0:x1]
-    missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]))
-    return np.pad(part, missing, constant_values=fill)
+    if part.shape[:2] == (y1 - y0, x1 - x0):
+        return np.ascontiguousarray(part)
+    missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]), (0, 0))
+    return np.pad(part, missing[: array.ndim], constant_values=fill)
 
 
 # ---------------------------------------- the steps: CTSlice in, CTSlice out
 
 
-def roi(ct: CTSlice, window: tuple[float, float] | None) -> CTSlice:
-    """Keep the head, black out everything else, and show the head in one fixed window (None: as it was)."""
-    head = head_mask(ct.hu)
-    grey = ct.image if window is None else window_to_grey(ct.hu, window)
-    return replace(ct, image=grey * head, mask=head)
+def show(ct: CTSlice, image: np.ndarray) -> CTSlice:
+    """Return the slice with another picture, grey or RGB, black where the background is."""
+    return replace(ct, image=image * (ct.mask if image.ndim == 2 else ct.mask[..., None]))
 
 
-def noblank(ct: CTSlice) -> CTSlice:
-    """Black out the skull and crop to a square round what is left, so that the brain fills the frame."""
-    left = ct.mask & ~bone_mask(ct.hu, ct.mask)
-    x0, y0, x1, y1 = box = square_box(left)
-    return CTSlice(
-        hu=crop(ct.hu, box, AIR_HU),
-        image=crop(ct.image * left, box, 0),
-        mask=crop(left, box, False),
-        box=(ct.box[0] + x0, ct.box[1] + y0, ct.box[0] + x1, ct.box[1] + y1),
-    )
+def keep(ct: CTSlice, mask: np.ndarray) -> CTSlice:
+    """Black out all but a mask of the whole scan, bool (rows, columns)."""
+    return show(replace(ct, mask=ct.mask & crop(mask, ct.box, False)), ct.image)
+
+
+def mask_head(ct: CTSlice) -> CTSlice:
+    """Keep the head and black out everything else."""
+    return keep(ct, ct.scan.head)
+
+
+def show_window(ct: CTSlice) -> CTSlice:
+    """Show one fixed window, so that scanners agree; the header's stays where none is asked for."""
+    if ct.scan.window is None:
+        return ct
+    return show(ct, window_to_grey(crop(ct.scan.hu, ct.box, AIR_HU), ct.scan.window))
+
+
+def show_windows(ct: CTSlice) -> CTSlice:
+    """Show three windows as red, green and blue: brain, subdural and bone.
+
+    As winning solutions of Kaggle's RSNA Intracranial Hemorrhage Detection, 2019, did.
+    """
+    hu = crop(ct.scan.hu, ct.box, AIR_HU)
+    return show(ct, np.dstack([window_to_grey(hu, window) for window in COLOUR_WINDOWS]))
+
+
+def blacken_skull(ct: CTSlice) -> CTSlice:
+    """Black out the skull, the white margin."""
+    return keep(ct, ~ct.scan.bone)
+
+
+def crop_margin(ct: CTSlice) -> CTSlice:
+    """Crop to a square round the head without its skull, so that the brain fills the frame."""
+    (x, y, _, _), (x0, y0, x1, y1) = ct.box, ct.scan.box
+    here = x0 - x, y0 - y, x1 - x, y1 - y
+    image, mask = crop(ct.image, here, 0), crop(ct.mask, here, False)
+    return replace(ct, image=image, mask=mask, box=ct.scan.box)
+
+
+def by_channel(change: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """Apply a function of grey pictures to a grey picture, or to red, green and blue each by itself."""
+    return change(image) if image.ndim == 2 else np.dstack([change(part) for part in cv2.split(image)])
 
 
 def clahe(ct: CTSlice) -> CTSlice:
     """Equalise the histogram tile by tile, contrast-limited (Zuiderveld 1994); background stays 0."""
-    grey = cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES).apply(ct.image)
-    return replace(ct, image=grey * ct.mask)
+    return show(ct, by_channel(cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES).apply, ct.image))
 
 
 def plain_opencv() -> None:
@@ -662,39 +736,81 @@ def plain_opencv() -> None:
 
 
 def bilateral(ct: CTSlice) -> CTSlice:
-    """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered.
+    """Smooth but keep edges (Tomasi and Manduchi 1998); background stays 0, so only the head is filtered."""
+    return show(ct, by_channel(partial(filter_strips, mask=ct.mask.astype(np.uint8)), ct.image))
+
+
+def filter_strips(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return a grey picture, filtered wherever the mask, uint8 (rows, columns), is not 0.
 
     Strip by strip, each as wide as the head is there. The strips are parts of one cv2.UMat, so the filter
     sees the pixels beyond their edges, and the result is that of the whole picture (see plain_opencv).
     """
-    whole = cv2.UMat(ct.image)  # type: ignore[call-overload]  # OpenCV's stubs lack arrays
-    image, mask = np.zeros_like(ct.image), ct.mask.astype(np.uint8)
+    whole = cv2.UMat(grey)  # type: ignore[call-overload]  # OpenCV's stubs lack arrays
+    filtered = np.zeros_like(grey)
     for top in range(0, len(mask), BILATERAL_STRIP):
         x, y, w, h = cv2.boundingRect(mask[top : top + BILATERAL_STRIP])
         if w:
-            image[top + y : top + y + h, x : x + w] = cv2.bilateralFilter(
+            filtered[top + y : top + y + h, x : x + w] = cv2.bilateralFilter(
                 cv2.UMat(whole, (x, top + y, w, h)),
                 BILATERAL_DIAMETER,
                 BILATERAL_SIGMA_COLOR,
                 BILATERAL_SIGMA_SPACE,
             ).get()
-    return replace(ct, image=image * ct.mask)
+    return filtered
 
 
-def step_runner(ct: CTSlice, roi_window: tuple[float, float] | None):
-    """Return a function from a tuple of step names to its CTSlice; shared beginnings are computed once."""
-    steps: dict[str, Callable[[CTSlice], CTSlice]] = {
-        "roi": partial(roi, window=roi_window),
-        "noblank": noblank,
-        "clahe": clahe,
-        "bilateral": bilateral,
-    }
+STEPS: dict[str, Callable[[CTSlice], CTSlice]] = {  # one more function and line here is one more step
+    "mask": mask_head,
+    "window": show_window,
+    "windows": show_windows,
+    "noskull": blacken_skull,
+    "crop": crop_margin,
+    "clahe": clahe,
+    "bilateral": bilateral,
+}
+
+
+def single_steps(steps: Iterable[str]) -> tuple[str, ...]:
+    """Return a variant's steps with each bundle taken apart."""
+    return tuple(chain.from_iterable(BUNDLES.get(step, (step,)) for step in steps))
+
+
+def check_variants() -> None:
+    """Raise UsageError, with the remedy, where the table names no step, or one whose work would be lost."""
+    for variant, bundled in KNOWN_VARIANTS.items():
+        steps = single_steps(bundled)
+        for place, step in enumerate(steps):
+            if step not in STEPS:
+                known = ", ".join((*BUNDLES, *STEPS))
+                raise UsageError(
+                    f"variant {variant}: no step {step!r}: choose of {known}, or add it to STEPS"
+                )
+            lost = {"clahe", "bilateral"}.intersection(steps[:place])
+            if step in ("window", "windows") and lost:
+                remedy = f"{min(lost)} before it is lost: put {step} first"
+                raise UsageError(f"variant {variant}: {step} makes the picture anew, so {remedy}")
+
+
+def whole_slice(hu: np.ndarray, grey: np.ndarray, window: tuple[float, float] | None) -> CTSlice:
+    """Return a slice before its first step. grey: of dicom2png.  window: of the step window, or None."""
+    return CTSlice(Scan(hu, window), grey, np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0]))
+
+
+def step_runner(ct: CTSlice) -> Callable[[Iterable[str]], CTSlice]:
+    """Return a function from a variant's steps to its CTSlice; shared beginnings are computed once."""
 
     @cache
-    def after(names: tuple[str, ...]) -> CTSlice:
-        return steps[names[-1]](after(names[:-1])) if names else ct
+    def after(steps: tuple[str, ...]) -> CTSlice:
+        return STEPS[steps[-1]](after(steps[:-1])) if steps else ct
 
-    return after
+    return lambda steps: after(single_steps(steps))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Return a picture, uint8 grey or RGB, as the bytes of a PNG."""
+    picture = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", picture)[1].tobytes()
 
 
 def is_blank(hu: np.ndarray, head: np.ndarray) -> bool:
@@ -755,27 +871,39 @@ def convert(task: Task, settings: Settings) -> dict:
         hu, repaired = hounsfield(decode(ds), ds)
         grey, window_fields = dicom2png(hu, ds)
         patient = pseudonym(ds.get("PatientID"), settings.patient_key)
-    ct = CTSlice(hu, grey, np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0]))
-    after = step_runner(ct, settings.roi_window)
+    ct = whole_slice(hu, grey, settings.roi_window)
+    after = step_runner(ct)
     for variant in task.variants:
-        _, png = cv2.imencode(".png", after(VARIANTS[variant]).image)
-        write_atomically(settings.output / variant / task.image, png.tobytes(), settings.output)
-    fields = {
+        png = encode_png(after(KNOWN_VARIANTS[variant]).image)
+        write_atomically(settings.output / variant / task.image, png, settings.output)
+    return {
         "status": "ok",
         "patient": patient,
         "rows": hu.shape[0],
         "columns": hu.shape[1],
         **window_fields,
         "hu_repaired": int(repaired),
+        **found_by_steps(ct.scan, task.variants),
     }
-    steps = {step for variant in task.variants for step in VARIANTS[variant]}
-    if "roi" in steps:
-        head = after(("roi",)).mask
-        fields |= {"blank": int(is_blank(hu, head)), "head_fraction": round(float(head.mean()), 4)}
-    if {"roi", "noblank"} <= steps:
-        left = after(("roi", "noblank"))
-        bone = 1 - float(left.mask.sum()) / max(int(head.sum()), 1) if head.any() else 0
-        fields |= {"bone_fraction": round(bone, 4), "crop": "{} {} {} {}".format(*left.box)}
+
+
+def finds(variants: Iterable[str]) -> tuple[bool, bool]:
+    """Tell whether these variants' steps look for the head, and whether they look for its skull too."""
+    steps = set(single_steps(chain.from_iterable(KNOWN_VARIANTS[v] for v in variants)))
+    skull = bool(steps & {"noskull", "crop"})
+    return skull or "mask" in steps, skull
+
+
+def found_by_steps(scan: Scan, variants: Iterable[str]) -> dict:
+    """Return the manifest fields of what the steps of these variants found in a slice."""
+    head, skull = finds(variants)
+    fields: dict[str, Any] = {}
+    if head:
+        fields["blank"] = int(is_blank(scan.hu, scan.head))
+        fields["head_fraction"] = round(float(scan.head.mean()), 4)
+    if skull:
+        fields["bone_fraction"] = round(float(scan.bone.sum()) / max(int(scan.head.sum()), 1), 4)
+        fields["crop"] = "{} {} {} {}".format(*scan.box)
     return fields
 
 
@@ -994,7 +1122,7 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
 
 def remove_pictures(output: Path, image: str) -> bool:
     """Remove what there is of a picture in the variant folders, and tell whether there was any."""
-    there = [output / variant / image for variant in VARIANTS if (output / variant / image).exists()]
+    there = [output / variant / image for variant in KNOWN_VARIANTS if (output / variant / image).exists()]
     for path in there:
         path.unlink(missing_ok=True)
     return bool(there)
@@ -1023,9 +1151,10 @@ def fingerprint(path: Path, identity: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def knows_head(row: sqlite3.Row, steps: tuple[str, ...]) -> bool:
-    """Tell whether a row has what these steps find out; a run killed after the PNGs left it without."""
-    return "roi" not in steps or bool(row["blank"] and (row["crop"] or "noblank" not in steps))
+def lacks(row: sqlite3.Row, variant: str) -> bool:
+    """Tell whether a row lacks what a variant's steps find; a run killed after the PNGs left it without."""
+    head, skull = finds([variant])
+    return bool((head and not row["blank"]) or (skull and not row["crop"]))
 
 
 def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> None:
@@ -1037,10 +1166,9 @@ def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) ->
     for row in pages(ledger, "path != ''"):
         due = fingerprint(Path(row["path"]), identity)
         same = row["status"] == "ok" and row["fingerprint"] == due
-        exists = {v for v in VARIANTS if (args.output / v / row["image"]).exists()}
-        lacks = {v for v, steps in VARIANTS.items() if not knows_head(row, steps)}
-        wanted = {v for v in args.variants if args.force or not same or v not in exists or v in lacks}
-        todo = " ".join(v for v in VARIANTS if v in wanted or (v in exists and not same))
+        exists = {v for v in KNOWN_VARIANTS if (args.output / v / row["image"]).exists()}
+        wanted = {v for v in args.variants if args.force or not same or v not in exists or lacks(row, v)}
+        todo = " ".join(v for v in KNOWN_VARIANTS if v in wanted or (v in exists and not same))
         ledger.execute("UPDATE files SET due = ?, todo = ? WHERE source = ?", (due, todo, row["source"]))
 
 
@@ -1437,38 +1565,77 @@ def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.N
             committed = time.monotonic()
 
 
+def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
+    """Return the slice that shows each class, of the training data where it has any.
+
+    Of the class's slices with the header window that is most common in all classes, so that the first column
+    shows no rare one, that with the least bone: above the skull's base and below the vertex.
+    """
+    windows = (
+        "SELECT window_center, window_width, count(*) AS slices FROM files WHERE status = 'ok' GROUP BY 1, 2"
+    )
+    best = (
+        f"SELECT * FROM files JOIN ({windows}) USING (window_center, window_width) "
+        "WHERE label = ? AND status = 'ok' AND blank != '1' "
+        "ORDER BY split = 'train' DESC, slices DESC, bone_fraction + 0, source LIMIT 1"
+    )
+    return [row for label in CLASSES for row in ledger.execute(best, (label,))]
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Return a PNG that this step wrote, uint8 (rows, columns, 3), in OpenCV's order of colours."""
+    picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    assert picture is not None, "this step wrote it"
+    return picture
+
+
+def fit(picture: np.ndarray, side: int) -> np.ndarray:
+    """Return a picture in colour, resized to fit into a square."""
+    scale = side / max(picture.shape[:2])
+    size = [max(round(length * scale), 1) for length in picture.shape[1::-1]]
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def middle(picture: np.ndarray, row: sqlite3.Row, side: int) -> np.ndarray:
+    """Return the square round the middle of the brain, in a picture that is cropped to it or is not."""
+    x0, y0, x1, y1 = [int(number) for number in row["crop"].split()] or (0, 0, row["columns"], row["rows"])
+    if picture.shape[:2] == (y1 - y0, x1 - x0):
+        x0, y0, x1, y1 = 0, 0, x1 - x0, y1 - y0
+    left, top = max((x0 + x1 - side) // 2, 0), max((y0 + y1 - side) // 2, 0)
+    return picture[top : top + side, left : left + side]
+
+
 def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
     """Write preview.png: a slice of each class (a row) in each variant that it has on disk (a column).
 
-    A class shows its slice with the most soft tissue, of the training data where it has any; its first slice
-    where no head was looked for.
+    Last comes a bleed at full size: the middle of the brain, where blood in the ventricles lies.
     """
     tile, left, top, font = 200, 150, 44, cv2.FONT_HERSHEY_SIMPLEX  # px
-    best = (
-        "SELECT label, image FROM files WHERE label = ? AND status = 'ok' AND blank != '1' "
-        "ORDER BY split = 'train' DESC, head_fraction * (1 - bone_fraction) DESC, source LIMIT 1"
-    )
-    shown = [row for label in CLASSES for row in ledger.execute(best, (label,))]
-    variants = [v for v in VARIANTS if shown and all((output / v / row["image"]).exists() for row in shown)]
-    sheet = np.zeros((top + tile * len(shown), left + tile * len(variants)), np.uint8)
+    shown, side = choose_preview(ledger), 196
+    variants = [v for v in KNOWN_VARIANTS if shown and all((output / v / r["image"]).exists() for r in shown)]
+    near = [row for row in shown if row["label"] == "intraventricular"]
+    sheet = np.zeros((top + tile * len(shown + near), left + tile * len(variants), 3), np.uint8)
+
+    def write(text: str, x: int, y: int) -> None:
+        for line, part in enumerate(text.split("\n")):
+            cv2.putText(sheet, part, (x, y + 18 * line), font, 0.5, (255, 255, 255), 1)
+
     for j, variant in enumerate(variants):
         words = variant.split("+")
-        for line, text in enumerate(("+".join(words[:2]), "+" + "+".join(words[2:]) if words[2:] else "")):
-            cv2.putText(sheet, text, (left + j * tile + 4, 18 + 18 * line), font, 0.5, 255, 1)
-    for i, row in enumerate(shown):
+        write("\n+".join(filter(None, ("+".join(words[:2]), "+".join(words[2:])))), left + j * tile + 4, 18)
+    for i, row in enumerate(shown + near):
         y = top + i * tile
-        cv2.putText(sheet, row["label"], (4, y + tile // 2), font, 0.5, 255, 1)
+        write(
+            row["label"] if i < len(shown) else f"{row['label']},\nthe middle,\nfull size", 4, y + tile // 2
+        )
         for j, variant in enumerate(variants):
-            data = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
-            picture = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
-            assert picture is not None, "this step wrote it"
-            scale = (tile - 4) / max(picture.shape)
-            size = [max(round(side * scale), 1) for side in picture.shape[::-1]]
-            picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+            picture = read_picture(output / variant / row["image"])
+            picture = fit(picture, side) if i < len(shown) else middle(picture, row, side)
             x = left + j * tile
             sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    grey = sheet if (sheet != sheet[..., :1]).any() else sheet[..., 0]
     if variants:
-        write_atomically(output / "preview.png", cv2.imencode(".png", sheet)[1].tobytes(), output)
+        write_atomically(output / "preview.png", cv2.imencode(".png", grey)[1].tobytes(), output)
 
 
 def print_report(ledger: sqlite3.Connection, written: int) -> int:
@@ -1553,12 +1720,15 @@ def roi_window(text: str) -> tuple[float, float] | None:
     return center, width
 
 
-def variant_name(text: str) -> str:
-    """Parse one of --variants: a folder name or its number."""
-    match = [name for name in VARIANTS if text in (name, name.split("_")[0])]
+def variant_names(text: str) -> list[str]:
+    """Parse one of --variants: a folder name, its number, or all."""
+    match = [name for name in KNOWN_VARIANTS if text in (name, name.split("_")[0], "all")]
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(VARIANTS)}, nor the number of one")
-    return match[0]
+        known = ", ".join(KNOWN_VARIANTS)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor the number of one, nor all")
+    if len(match) > 1 and text != "all":
+        raise argparse.ArgumentTypeError(f"{text!r} may be {' or '.join(match)}: write the whole name")
+    return match
 
 
 def whole_number(text: str, smallest: int = 1) -> int:
@@ -1588,10 +1758,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "data_preprocessing beside the script",
         type=Path,
     )
-    choice = f"folder names or numbers of {' '.join(VARIANTS)}"
-    add("--variants", choice, list(VARIANTS), "all", type=variant_name, nargs="+", metavar="V")
+    choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
+    shown = f"the first {len(VARIANTS)}"
+    add("--variants", choice, [list(VARIANTS)], shown, type=variant_names, nargs="+", metavar="V")
     add("--jobs", "processes", joblib.cpu_count(), f"all cores, here {joblib.cpu_count()}", type=whole_number)
-    window = "window of the ROI step: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
+    window = "window of ROI and window: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
     add(
@@ -1618,6 +1789,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if path := getattr(args, name):
             setattr(args, name, path.absolute())
     args.input = args.rsna or args.raw_data
+    args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
     if 0 < args.test < len(CLASSES):
         parser.error(f"--test {args.test} is less than one slice a class: name 0, or {len(CLASSES)} or more")
     if not args.rsna and not any(
@@ -1635,6 +1807,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     go_on = "what was done stays, and the same command goes on from there"
     try:
+        check_variants()
         return run(args)
     except UsageError as err:
         print(f"error: {err}", file=sys.stderr)

@@ -19,6 +19,7 @@ The rooms in reading order; each imports only from those above it:
     costs        what a variant costs: milliseconds, minutes, kilobytes
     report       where tables and figures go, and the line that says what made them
     figures      every figure
+    steps        one slice led through Step 1's steps, as a figure
     explain      Grad-CAM
     summary      the answer in words
 """

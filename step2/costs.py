@@ -38,19 +38,18 @@ def slice_milliseconds(path: Path, variants: Sequence[str]) -> dict[str, float]:
     ds = step1.read_dicom(path)
     hu, _ = step1.hounsfield(step1.decode(ds), ds)
     grey, _ = step1.dicom2png(hu, ds)
-    ct = step1.CTSlice(hu, grey, np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0]))
     shared, times = time.perf_counter() - started, {}
     for name in variants:
         started = time.perf_counter()
-        after = step1.step_runner(ct, step1.BRAIN_WINDOW)
-        cv2.imencode(".png", after(step1.VARIANTS[name]).image)
+        after = step1.step_runner(step1.whole_slice(hu, grey, step1.BRAIN_WINDOW))
+        step1.encode_png(after(step1.KNOWN_VARIANTS[name]).image)
         times[name] = 1000 * (shared + time.perf_counter() - started)
     return times
 
 
 def preprocessing_times(raw_data: Path, variants: Sequence[str]) -> pd.Series:
     """Return ms a slice of each variant of Step 1's table, the median over slices, on one thread."""
-    known = [name for name in variants if name in step1.VARIANTS]
+    known = [name for name in variants if name in step1.KNOWN_VARIANTS]
     threads, rows = cv2.getNumThreads(), []
     cv2.setNumThreads(1)
     for path in raw_slices(raw_data):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from step2.figures import grid, in_lines, tile
 from step2.network import build_network, normalise
-from step2.pictures import read_png
+from step2.pictures import read_png, to_channels
 from step2.runs import Comparison, Run
 from step2.variants import CLASSES
 
@@ -23,7 +23,7 @@ CELLS = 10
 def grad_cam(network: torch.nn.Module, pictures: torch.Tensor, classes: torch.Tensor) -> np.ndarray:
     """Return maps (n, h, w), 0 to 1, of what raises the scores of these classes.
 
-    pictures: uint8 (n, 1, h, w). One picture at a time, and with gradients after the layer
+    pictures: uint8 (n, 1 or 3, h, w). One picture at a time, and with gradients after the layer
     alone: those of all of B7 at 600 px take 4 GB.
     """
     network.eval().requires_grad_(False)
@@ -61,8 +61,8 @@ def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
         last = comparison.folder(Run(variant, 1, 1)) / "last.pt"
         network.load_state_dict(torch.load(last, map_location="cpu", weights_only=True))
         paths = [settings.data / variant / image for image in shown["image"]]
-        pictures = np.stack([read_png(path, settings.image_size) for path in paths])
-        maps = grad_cam(network, torch.from_numpy(pictures)[:, None], truth)
+        pictures = [read_png(path, settings.image_size) for path in paths]
+        maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)
         for column, label in enumerate(shown.index):
             side = "" if column else in_lines(variant)
             tile(axes[row, column], pictures[column], "" if row else label, side)

@@ -20,10 +20,10 @@ from step2.metrics import (
     reliability,
     with_interval,
 )
-from step2.pictures import Pictures, read_png
+from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
 from step2.statistics import EQUIVALENCE, in_points
-from step2.variants import BASELINE, CHANCE, CLASSES, VARIANTS
+from step2.variants import BASELINE, CHANCE, CLASSES, KNOWN_VARIANTS
 
 # Okabe and Ito's colours, then Tol's muted ones for further variants
 COLORS = (
@@ -41,7 +41,7 @@ KIND_LOOKS = {  # kind -> heading, marker, colour
 
 def variant_colors(variants: Sequence[str]) -> dict[str, str]:
     """Return a colour for each variant, the same for one of Step 1's table in every comparison."""
-    order = [*VARIANTS, *(name for name in variants if name not in VARIANTS)]
+    order = [*KNOWN_VARIANTS, *(name for name in variants if name not in KNOWN_VARIANTS)]
     return {name: COLORS[place % len(COLORS)] for place, name in enumerate(order)}
 
 
@@ -65,7 +65,7 @@ def panels(
 
 
 def tile(axis: plt.Axes, picture: np.ndarray, title: str = "", side: str = "") -> None:
-    """Draw one grey picture, with a word above it and one at its left."""
+    """Draw one picture, grey or RGB, with a word above it and one at its left."""
     axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, size=8)
@@ -97,7 +97,7 @@ def draw_augmented(settings: Settings, variant: str, slices: pd.DataFrame, epoch
         for column, epoch in enumerate([None, *range(epochs)]):
             title = "as it is" if epoch is None else f"epoch {epoch + 1}"
             side = "" if column else slices["label"][index]
-            tile(axes[row, column], pictures[epoch, index][0][0].numpy(), "" if row else title, side)
+            tile(axes[row, column], to_picture(pictures[epoch, index][0]), "" if row else title, side)
     return figure
 
 

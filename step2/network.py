@@ -44,7 +44,7 @@ def batch_norm_momentum(steps: int) -> float:
 
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """Return uint8 (n, 1, h, w) as float32 (n, 3, h, w): grey three times, on ImageNet's scale."""
+    """Return uint8 (n, 1 or 3, h, w) as float32 (n, 3, h, w): grey three times, on ImageNet's scale."""
     mean = torch.tensor(PIXEL_MEAN, device=pictures.device).view(1, 3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=pictures.device).view(1, 3, 1, 1)
     return (pictures.float() / 255 - mean) / std

@@ -43,16 +43,46 @@ def read_content(path: Path) -> bytes:
     return content
 
 
+def has_colour(content: bytes) -> bool:
+    """Tell whether a PNG, or its first 26 bytes, says that it has colours (PNG specification, 11.2.2)."""
+    return bool(content[25] & 2)
+
+
+def decode(content: bytes) -> np.ndarray | None:
+    """Return a PNG's picture, uint8, grey (h, w) or RGB (h, w, 3); None where it is broken."""
+    way = cv2.IMREAD_COLOR if has_colour(content) else cv2.IMREAD_GRAYSCALE
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), way)
+    return picture if picture is None or picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
 def read_png(path: Path, size: int) -> np.ndarray:
-    """Return a picture, uint8 (size, size), padded with black to a square before it is resized."""
-    picture = cv2.imdecode(np.frombuffer(read_content(path), np.uint8), cv2.IMREAD_GRAYSCALE)
+    """Return a picture, uint8 grey (size, size) or RGB (size, size, 3).
+
+    It is padded with black to a square before it is resized.
+    """
+    picture = decode(read_content(path))
     if picture is None:
         raise ValueError(f"{path} can't be decoded: delete it and run Step1_Image_Preprocessing.py")
-    down, right = (max(picture.shape) - length for length in picture.shape)
+    down, right = (max(picture.shape[:2]) - length for length in picture.shape[:2])
     edges = (down // 2, down - down // 2, right // 2, right - right // 2)
     picture = cv2.copyMakeBorder(picture, *edges, cv2.BORDER_CONSTANT, value=0)
     way = cv2.INTER_AREA if len(picture) > size else cv2.INTER_LINEAR
     return picture if len(picture) == size else cv2.resize(picture, (size, size), interpolation=way)
+
+
+def check_channels(folder: Path, images: Sequence[str]) -> None:
+    """Raise ValueError, naming two pictures, where some of a variant's are grey and some have colours."""
+
+    def colour(image: str) -> bool:
+        with (folder / image).open("rb") as file:
+            return has_colour(file.read(26))
+
+    with ThreadPoolExecutor(8) as pool:
+        kinds = list(pool.map(colour, images))
+    if len(set(kinds)) > 1:
+        grey, colourful = images[kinds.index(False)], images[kinds.index(True)]
+        again = "delete the folder, and run Step1_Image_Preprocessing.py to make it again"
+        raise ValueError(f"{folder} mixes grey pictures ({grey}) and colour ({colourful}): {again}")
 
 
 def pictures_digest(folder: Path, images: Sequence[str]) -> str:
@@ -66,8 +96,8 @@ def pictures_digest(folder: Path, images: Sequence[str]) -> str:
 
 
 def augment(picture: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:
-    """Return the picture, uint8, turned, shifted, zoomed and flipped by chance; gaps are black."""
-    rows, columns = picture.shape
+    """Return a picture, uint8, grey or RGB: turned, shifted, zoomed and flipped by chance; gaps are black."""
+    rows, columns = picture.shape[:2]
     angle = rng.uniform(-1, 1) * recipe.rotation
     zoom = 1 + rng.uniform(-1, 1) * recipe.zoom
     shift = rng.uniform(-1, 1, 2) * recipe.shift
@@ -82,11 +112,22 @@ def augment(picture: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np
     return np.ascontiguousarray(picture)
 
 
-class Pictures(Dataset):
-    """The slices of one variant; the item (epoch, index) is a picture, uint8 (1, size, size), and its index.
+def to_channels(picture: np.ndarray) -> torch.Tensor:
+    """Return a picture as uint8 (1, h, w) where it is grey, (3, h, w) where it is RGB."""
+    return torch.from_numpy(picture.reshape(*picture.shape[:2], -1)).permute(2, 0, 1)
 
-    It is augmented unless the epoch is None. Chance follows from (seed, epoch, index), so a slice is turned
-    and shifted alike in every variant, whatever process loads it.
+
+def to_picture(channels: torch.Tensor) -> np.ndarray:
+    """Return what to_channels made of a picture as the picture again, for a figure."""
+    return channels.permute(1, 2, 0).squeeze(2).numpy()
+
+
+class Pictures(Dataset):
+    """The slices of one variant; the item (epoch, index) is a picture and its index.
+
+    The picture is uint8 (1, size, size), in a colour variant (3, size, size), and augmented unless the epoch
+    is None. Chance follows from (seed, epoch, index), so a slice is turned and shifted alike in every
+    variant, whatever process loads it.
     """
 
     def __init__(
@@ -105,7 +146,7 @@ class Pictures(Dataset):
         picture = read_png(self.paths[index], size) if self.cache is None else self.cache[index]
         if epoch is not None:
             picture = augment(picture, np.random.default_rng([self.seed, epoch, index]), self.recipe)
-        return torch.from_numpy(picture)[None], index
+        return to_channels(picture), index
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -140,7 +181,7 @@ def one_thread(_worker: int) -> None:
 
 
 def make_loader(pictures: Pictures, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
-    """Return a loader of (pictures, uint8 (n, 1, size, size); indices, int (n,))."""
+    """Return a loader of (pictures, uint8 (n, 1 or 3, size, size); indices, int (n,))."""
     how: dict[str, Any] = {"generator": torch.Generator()}  # else loading would draw from the training's
     if workers:
         how |= {"num_workers": workers, "worker_init_fn": one_thread, "persistent_workers": True}
@@ -148,7 +189,10 @@ def make_loader(pictures: Pictures, batches: Batches | list[list[Key]], workers:
     return DataLoader(pictures, batch_sampler=batches, pin_memory=torch.cuda.is_available(), **how)  # type: ignore[arg-type]
 
 
-def fits_in_memory(settings: Settings, count: int) -> bool:
-    """Tell whether a variant's pictures are kept in memory: in each process they take 1 byte a pixel."""
+def fits_in_memory(settings: Settings, first: Path, count: int) -> bool:
+    """Tell whether a variant's pictures are kept in memory: in each process 1 byte a pixel, 3 in colour.
+
+    first: the path of one of them.
+    """
     share = psutil.virtual_memory().available // (4 * settings.processes)
-    return count * settings.image_size**2 <= share
+    return count * read_png(first, settings.image_size).size <= share

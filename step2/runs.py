@@ -23,7 +23,14 @@ import torch
 
 from step2.files import read_json, sha256, write_csv, write_json
 from step2.network import InitialWeights
-from step2.pictures import Pictures, in_order, make_loader, pictures_digest, steps_per_epoch
+from step2.pictures import (
+    Pictures,
+    check_channels,
+    in_order,
+    make_loader,
+    pictures_digest,
+    steps_per_epoch,
+)
 from step2.settings import Settings
 from step2.slices import Slices
 from step2.speed import choose_speed, device_name, find_device, prepare_process
@@ -147,6 +154,8 @@ def make_comparison(
         {v: pictures_digest(settings.data / v, list(part["image"])) for v in variants}
         for part in (slices.training, slices.testing)
     )
+    for variant in variants:
+        check_channels(settings.data / variant, [*slices.training["image"], *slices.testing["image"]])
     return Comparison(settings, variants, slices, fold_of, weights, training, testing)
 
 

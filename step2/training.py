@@ -65,7 +65,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def to_device(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return uint8 (n, 1, h, w) as the network's input on its device."""
+        """Return uint8 (n, 1 or 3, h, w) as the network's input on its device."""
         pictures = pictures.to(self.device, non_blocking=True)
         return normalise(pictures).contiguous(memory_format=self.layout)
 
@@ -180,7 +180,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     """
     settings, size = run.settings, run.settings.batch_size
     torch.manual_seed(run.seed)
-    cached = fits_in_memory(settings, len(run.images))
+    cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
     loader = make_loader(pictures, Batches(run.train, size, run.seed), settings.workers)
     judge = make_loader(pictures, in_order(run.held_out, size), settings.workers)

@@ -19,16 +19,14 @@ def hu_and_grey(ds):
     return hu, step1.dicom2png(hu, ds)[0]
 
 
-def ct_slice(hu):
-    """Return a CTSlice as it is after dicom2png with a brain window."""
+def ct_slice(hu, roi_window=(40.0, 80.0)):
+    """Return a CTSlice as it is after dicom2png with a header window of 50/100."""
     hu = hu.astype(np.float32)
-    return step1.CTSlice(
-        hu, step1.window_to_grey(hu, (40, 80)), np.ones(hu.shape, bool), (0, 0, hu.shape[1], hu.shape[0])
-    )
+    return step1.whole_slice(hu, step1.window_to_grey(hu, (50, 100)), roi_window)
 
 
 def run_steps(hu, *names, roi_window=(40.0, 80.0)):
-    return step1.step_runner(ct_slice(hu), roi_window)(names)
+    return step1.step_runner(ct_slice(hu, roi_window))(names)
 
 
 def voi_oracle(x, center, width, function):
@@ -329,8 +327,7 @@ def test_roi_blacks_out_the_table_and_shows_the_head_in_the_brain_window():
 def test_roi_with_the_headers_window_only_masks():
     hu = plain_head()
     hu[115:118, 10:120] = 300
-    before = ct_slice(hu)
-    after = step1.roi(before, None)
+    before, after = ct_slice(hu), run_steps(hu, "roi", roi_window=None)
     assert np.array_equal(
         after.image, np.where(hu > -1000, before.image, 0) * (np.arange(128) < 115)[:, None]
     )
@@ -341,7 +338,7 @@ def test_noblank_removes_skull_and_crops_to_the_head():
     assert ct.box == (20, 20, 109, 109)  # a disc of radius 44.8 round (64, 64)
     assert ct.image.shape == (89, 89)
     assert ct.image[44, 44] == round(35 * 255 / 79)
-    assert not ct.image[ct.hu == 900].any()
+    assert not ct.image[step1.crop(ct.scan.hu, ct.box, 0) == 900].any()
 
 
 def test_bleed_of_95_hu_under_a_narrow_window_survives_noblank():
@@ -407,24 +404,25 @@ def test_bilateral_in_strips_equals_that_of_the_whole_picture_for_any_mask():
         rows, columns = rng.integers(1, 100, 2)
         image = rng.integers(0, 256, (rows, columns)).astype(np.uint8)
         mask = rng.random((rows, columns)) < rng.choice([0, 0.01, 0.5, 1])
-        ct = step1.CTSlice(image.astype(np.float32), image, mask, (0, 0, columns, rows))
+        ct = step1.CTSlice(step1.Scan(image), image, mask, (0, 0, columns, rows))
         whole = cv2.bilateralFilter(image, 20, 50, 50)
         assert np.array_equal(step1.bilateral(ct).image, np.where(mask, whole, 0))
 
 
 @pytest.mark.parametrize("value", [-1000, 0, 40, 3000])
-@pytest.mark.parametrize("steps", step1.VARIANTS.values(), ids=step1.VARIANTS)
+@pytest.mark.parametrize("steps", step1.KNOWN_VARIANTS.values(), ids=step1.KNOWN_VARIANTS)
 def test_constant_slices_pass_every_variant(value, steps):
     ct = run_steps(np.full((64, 64), value, np.int16), *steps)
     assert ct.image.dtype == np.uint8
-    assert ct.image.shape == (64, 64)
+    assert ct.image.shape[:2] == (64, 64)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (7, 5)])
 def test_odd_shapes_pass_every_variant(shape):
     rng = np.random.default_rng(0)
-    for steps in step1.VARIANTS.values():
-        assert run_steps(rng.integers(-100, 200, shape).astype(np.int16), *steps).image.ndim == 2
+    for steps in step1.KNOWN_VARIANTS.values():
+        ct = run_steps(rng.integers(-100, 200, shape).astype(np.int16), *steps)
+        assert ct.image.ndim == (3 if "windows" in steps else 2)
 
 
 @pytest.mark.parametrize(
@@ -445,8 +443,147 @@ def test_blank(hu, blank):
 
 def test_shared_beginnings_are_computed_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(step1, "head_mask", lambda hu: calls.append(1) or hu > -1000)
-    after = step1.step_runner(ct_slice(plain_head()), (40.0, 80.0))
+    for name, step in step1.STEPS.items():
+        monkeypatch.setitem(
+            step1.STEPS, name, lambda ct, name=name, step=step: calls.append(name) or step(ct)
+        )
+    after = step1.step_runner(ct_slice(plain_head()))
     for steps in step1.VARIANTS.values():
         after(steps)
-    assert len(calls) == 1
+    once, twice = ("mask", "window", "noskull", "crop"), ("clahe", "bilateral")  # with the skull and without
+    assert sorted(calls) == sorted((*once, *twice, *twice))
+
+
+def test_head_and_skull_are_looked_for_once_for_all_variants(monkeypatch):
+    calls = []
+    for name in ("head_mask", "bone_mask"):
+        real = getattr(step1, name)
+        monkeypatch.setattr(
+            step1, name, lambda *masks, name=name, real=real: calls.append(name) or real(*masks)
+        )
+    after = step1.step_runner(ct_slice(plain_head()))
+    for steps in step1.KNOWN_VARIANTS.values():
+        after(steps)
+    assert sorted(calls) == ["bone_mask", "head_mask"]
+
+
+# ---------------------------------------- single steps
+
+
+def with_table(hu: np.ndarray) -> np.ndarray:
+    """Return HU with a table under the head."""
+    hu[115:118, 10:120] = 300
+    return hu
+
+
+def test_window_shows_the_whole_picture_in_the_brain_window():
+    hu = with_table(plain_head())
+    expected = np.rint(np.clip(hu / 79, 0, 1) * 255)  # LINEAR 40/80
+    assert np.array_equal(run_steps(hu, "window").image, expected)
+
+
+def test_mask_keeps_the_headers_window_and_blacks_out_the_table():
+    hu = with_table(plain_head())
+    ct = run_steps(hu, "mask")
+    assert ct.image[64, 64] == round(35 * 255 / 99)  # LINEAR 50/100
+    assert ct.image[116].max() == 0
+
+
+def test_roi_window_sets_the_window_of_window_too():
+    assert (
+        run_steps(plain_head(), "window", roi_window=(35.5, 2)).image[64, 64] == 128
+    )  # the middle of two HU
+    unchanged = run_steps(plain_head(), "window", roi_window=None)
+    assert np.array_equal(unchanged.image, ct_slice(plain_head()).image)
+
+
+def test_roi_with_crop_keeps_the_skull_in_noblanks_box():
+    ct, cropped = run_steps(plain_head(), "roi", "crop"), run_steps(plain_head(), "roi", "noblank")
+    assert ct.box == cropped.box == (20, 20, 109, 109)
+    assert (ct.image[plain_head()[20:109, 20:109] == 900] == 255).all()
+    assert np.array_equal(ct.image * cropped.mask, cropped.image)
+
+
+def test_roi_with_noskull_is_noblank_before_the_crop():
+    ct, cropped = run_steps(plain_head(), "roi", "noskull"), run_steps(plain_head(), "roi", "noblank")
+    assert ct.image.shape == (128, 128) and not ct.image[plain_head() == 900].any()
+    assert np.array_equal(ct.image[20:109, 20:109], cropped.image)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ("window", "mask", "noskull", "crop"),
+        ("crop", "noskull", "mask", "window"),
+        ("noskull", "roi", "crop"),
+        ("crop", "roi", "noskull"),
+        ("roi", "noblank", "noblank"),
+    ],
+)
+def test_masks_crop_and_window_give_the_same_in_any_order(steps):
+    hu = with_table(plain_head())
+    ct, usual = run_steps(hu, *steps), run_steps(hu, "roi", "noblank")
+    assert (
+        ct.box == usual.box and np.array_equal(ct.image, usual.image) and np.array_equal(ct.mask, usual.mask)
+    )
+
+
+def test_noskull_without_a_head_mask_takes_the_skull_alone():
+    hu = with_table(plain_head())
+    ct = run_steps(hu, "noskull")
+    assert np.array_equal(ct.image == 0, (hu <= 0) | (hu == 900)) and ct.image[116, 64] == 255
+
+
+def test_clahe_without_a_head_mask_is_that_of_the_whole_picture():
+    hu = with_table(plain_head())
+    expected = cv2.createCLAHE(clipLimit=5.0, tileGridSize=(8, 8)).apply(ct_slice(hu).image)
+    assert np.array_equal(run_steps(hu, "clahe").image, expected)
+
+
+def test_windows_are_brain_subdural_and_bone_as_red_green_and_blue():
+    hu = plain_head(brain_hu=60)
+    image = run_steps(hu, "roi", "windows").image
+    # LINEAR: lowest values 0, -20 and -800 HU; 79, 199 and 2799 HU wide
+    assert image[64, 64].tolist() == [round(60 * 255 / 79), round(80 * 255 / 199), round(860 * 255 / 2799)]
+    assert image[0, 0].tolist() == [0, 0, 0]  # air lies in the bone window's range, but not in the head
+
+
+@pytest.mark.parametrize("step", ["clahe", "bilateral"])
+def test_step_after_windows_changes_each_colour_by_itself(step):
+    rng = np.random.default_rng(0)
+    hu = plain_head() + rng.integers(-20, 20, (128, 128)).astype(np.int16)
+    colour = run_steps(hu, "roi", "windows", step).image
+    for number, window in enumerate([(40.0, 80.0), (80.0, 200.0), (600.0, 2800.0)]):
+        assert np.array_equal(colour[..., number], run_steps(hu, "roi", step, roi_window=window).image)
+
+
+def test_crop_after_windows_crops_all_colours():
+    colour = run_steps(plain_head(), "roi", "windows", "noblank").image
+    assert colour.shape == (89, 89, 3)
+    assert np.array_equal(colour[..., 0], run_steps(plain_head(), "roi", "noblank").image)
+
+
+def test_png_of_colours_has_red_first():
+    content = step1.encode_png(np.full((2, 2, 3), (250, 20, 3), np.uint8))
+    assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)[0, 0].tolist() == [3, 20, 250]
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        (
+            ("roi", "blur"),
+            r"^variant 8_Mine: no step 'blur': choose of roi, noblank, mask, .*, or add it to STEPS$",
+        ),
+        (
+            ("clahe", "roi"),
+            "^variant 8_Mine: window makes the picture anew, so clahe .* is lost: put window first$",
+        ),
+        (("roi", "bilateral", "windows"), "windows makes the picture anew, so bilateral before it is lost"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused_with_the_remedy(monkeypatch, steps, sentence):
+    step1.check_variants()
+    monkeypatch.setitem(step1.KNOWN_VARIANTS, "8_Mine", steps)
+    with pytest.raises(step1.UsageError, match=sentence):
+        step1.check_variants()

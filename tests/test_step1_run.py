@@ -120,21 +120,40 @@ def test_manifest_row(raw):
     assert {key: row[key] for key in expected} == expected
 
 
-def test_the_heads_columns_come_with_the_variants_that_need_it(raw):
-    def head_columns():
-        row = manifest(raw)["TrainingData/epidural/b.dcm"]
-        return [row[column] for column in ("blank", "head_fraction", "bone_fraction", "crop")]
+def head_columns(raw):
+    """Return what the manifest says of the head of one slice."""
+    row = manifest(raw)["TrainingData/epidural/b.dcm"]
+    return [row[column] for column in ("blank", "head_fraction", "bone_fraction", "crop")]
 
+
+def test_the_heads_columns_come_with_the_variants_that_need_it(raw):
     run(raw, "--variants", "0")
-    assert head_columns() == ["", "", "", ""]
+    assert head_columns(raw) == ["", "", "", ""]
     run(raw, "--variants", "1")
-    assert head_columns()[0] == "0"
-    assert [bool(value) for value in head_columns()] == [True, True, False, False]
+    assert head_columns(raw)[0] == "0"
+    assert [bool(value) for value in head_columns(raw)] == [True, True, False, False]
     run(raw)
-    complete = head_columns()
+    complete = head_columns(raw)
     assert "" not in complete
     run(raw, "--variants", "0", "--force")  # nothing changed, so the rest stays known
-    assert head_columns() == complete
+    assert head_columns(raw) == complete
+
+
+@pytest.mark.parametrize(
+    ("variant", "known"),
+    [
+        ("7", [0, 0, 0, 0]),
+        ("8", [1, 1, 0, 0]),
+        ("9", [1, 1, 1, 1]),
+        ("10", [1, 1, 1, 1]),
+        ("11", [1, 1, 0, 0]),
+    ],
+)
+def test_the_heads_columns_of_extra_variants_are_those_of_the_seven(raw, variant, known):
+    run(raw, "--variants", variant)
+    found = head_columns(raw)
+    run(raw)
+    assert found == [value if there else "" for value, there in zip(head_columns(raw), known, strict=True)]
 
 
 def test_head_columns_that_a_killed_run_left_empty_are_filled_by_the_next(raw):
@@ -271,11 +290,53 @@ def test_patient_key_is_for_its_owner_alone(raw):
     assert (raw.parent / "out" / ".patient_key").stat().st_mode & 0o777 == 0o600
 
 
+def preview_tiles(raw, rows, columns):
+    """Return preview.png as (rows, 200, columns, 200) or (rows, 200, columns, 200, 3), without its words."""
+    sheet = cv2.imread(str(raw.parent / "out" / "preview.png"), cv2.IMREAD_UNCHANGED)
+    assert sheet.shape[:2] == (44 + 200 * rows, 150 + 200 * columns)
+    return sheet[44:, 150:].reshape(rows, 200, columns, 200, *sheet.shape[2:])
+
+
 def test_preview_has_a_row_a_class_and_a_column_a_variant(raw):
     run(raw)
-    sheet = cv2.imread(str(raw.parent / "out" / "preview.png"), cv2.IMREAD_GRAYSCALE)
-    tiles = sheet[-3 * 200 :, -7 * 200 :].reshape(3, 200, 7, 200).max(axis=(1, 3))
+    tiles = preview_tiles(raw, 3, 7).max(axis=(1, 3))
     assert (tiles > 100).all()  # healthy, subdural, epidural, each in seven pictures
+
+
+def test_preview_shows_extra_variants_that_were_made_in_colour(raw):
+    run(raw, "--variants", "1", "11")
+    tiles = preview_tiles(raw, 3, 2)
+    assert (tiles[:, :, 0] == tiles[:, :, 0, :, :1]).all()
+    assert tiles[0, 98, 1, 98].tolist() == [
+        round(v) for v in (835 * 255 / 2799, 55 * 255 / 199, 35 * 255 / 79)
+    ]
+
+
+def test_preview_ends_with_the_middle_of_the_brain_at_full_size(raw):
+    hu = plain_head(512)
+    hu[:, 256:][hu[:, 256:] == 35] = 70  # a bleed that begins at x = 256
+    save_ct(raw / "TrainingData" / "intraventricular" / "d.dcm", hu, WindowCenter=40, WindowWidth=80)
+    run(raw, "--variants", "1", "4")
+    last = preview_tiles(raw, 5, 2)[-1].transpose(1, 0, 2)[:, 20:176, :196]
+    assert (last[:, :, :90] == round(35 * 255 / 79)).all()
+    assert (last[:, :, 100:] == round(70 * 255 / 79)).all()
+
+
+def test_preview_prefers_the_most_common_header_window(raw):
+    """Not that of more bone, nor the first by name."""
+    window = {"WindowCenter": 100, "WindowWidth": 600}
+    save_ct(raw / "TrainingData" / "subdural" / "a.dcm", plain_head(brain_hu=10), **window)
+    run(raw, "--variants", "0")
+    assert preview_tiles(raw, 3, 1)[1, 98, 0, 98] == round(60 * 255 / 79)  # c.dcm, 40/80 as two others
+
+
+def test_preview_prefers_the_slice_with_the_least_bone(raw):
+    hu = plain_head(brain_hu=50)
+    hu[50:60, 50:60] = 900  # more bone than c.dcm has
+    window = {"WindowCenter": 40, "WindowWidth": 80}
+    save_ct(raw / "TrainingData" / "subdural" / "a.dcm", hu, **window)
+    run(raw, "--variants", "0", "4")
+    assert preview_tiles(raw, 3, 2)[1, 98, 0, 98] == round(60 * 255 / 79)
 
 
 @pytest.mark.processes
@@ -416,10 +477,40 @@ def test_removed_input_leaves_the_manifest(raw):
 # ---------------------------------------- options
 
 
-@pytest.mark.parametrize("choice", [["0", "2"], ["0_Dicom2PNG", "2_ROI+CLAHE"]], ids=["numbers", "names"])
+@pytest.mark.parametrize("choice", [["0", "10"], ["0_Dicom2PNG", "10_ROI+noskull"]], ids=["numbers", "names"])
 def test_variants_option(raw, choice):
     assert run(raw, "--variants", *choice) == 0
-    assert {name.split("/")[0] for name in pngs(raw)} == {"0_Dicom2PNG", "2_ROI+CLAHE"}
+    assert {name.split("/")[0] for name in pngs(raw)} == {"0_Dicom2PNG", "10_ROI+noskull"}
+
+
+@pytest.mark.parametrize("choice", [["all"], ["0", "all"]])
+def test_all_variants_are_the_seven_and_the_extra_ones(raw, choice):
+    assert run(raw, "--variants", *choice) == 0
+    assert len({name.split("/")[0] for name in pngs(raw)}) == 7 + 5
+
+
+def test_number_that_two_variants_share_is_a_usage_error(raw, capsys, monkeypatch):
+    monkeypatch.setitem(step1.KNOWN_VARIANTS, "7_Mine", ("roi", "bilateral"))
+    with pytest.raises(SystemExit, match="2"):
+        run(raw, "--variants", "7")
+    assert "'7' may be 7_Window or 7_Mine: write the whole name" in capsys.readouterr().err
+
+
+def test_table_with_a_step_that_is_none_is_a_usage_error(raw, capsys, monkeypatch):
+    monkeypatch.setitem(step1.KNOWN_VARIANTS, "7_Mine", ("blur",))
+    assert run(raw) == 2
+    assert "variant 7_Mine: no step 'blur'" in capsys.readouterr().err
+
+
+def test_extra_variants_are_made_again_and_removed_with_the_others(raw):
+    run(raw, "--variants", "all")
+    before = pngs(raw)
+    (raw / "TrainingData" / "subdural" / "c.dcm").unlink()
+    run(raw, "--variants", "0", "--roi-window", "50,130")
+    after = pngs(raw)
+    assert {name for name in before if name not in after} == {n for n in before if n.endswith("/c.png")}
+    changed = {name.split("/")[0] for name in after if after[name] != before[name]}
+    assert changed == set(step1.KNOWN_VARIANTS) - {"0_Dicom2PNG", "8_Mask", "11_ROI+windows"}
 
 
 def test_roi_window_header_keeps_the_headers_window(raw):
@@ -431,7 +522,7 @@ def test_roi_window_header_keeps_the_headers_window(raw):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--variants", "7"],
+        ["--variants", "12"],
         ["--roi-window", "wide"],
         ["--roi-window", "40,0"],
         ["--jobs", "0"],

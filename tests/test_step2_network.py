@@ -42,6 +42,12 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
 # ---------------------------------------- network
 
 
+def test_colours_are_normalised_each_by_its_own_mean_and_spread():
+    result = normalise(torch.tensor([[[[255]], [[0]], [[51]]]], dtype=torch.uint8))
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
+    assert result.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_grey_is_repeated_and_normalised_as_imagenet_weights_expect():
     result = normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
     expected = torch.tensor([[-0.485 / 0.229, 0.515 / 0.229], [-0.456 / 0.224, 0.544 / 0.224]])

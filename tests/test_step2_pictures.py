@@ -10,12 +10,16 @@ from step2.pictures import (
     Batches,
     Pictures,
     augment,
+    check_channels,
+    fits_in_memory,
     in_order,
     make_loader,
     pictures_digest,
     read_content,
     read_png,
     steps_per_epoch,
+    to_channels,
+    to_picture,
 )
 from step2.slices import read_slices
 
@@ -51,6 +55,55 @@ def test_picture_that_is_no_square_is_padded_not_stretched(tmp_path):
     picture = read_png(path, 40)
     assert picture.shape == (40, 40)
     assert (picture[10:30] == 200).all() and (picture[:10] == 0).all() and (picture[30:] == 0).all()
+
+
+RGB = (250, 20, 3)
+
+
+def colour_png(rows: int, columns: int) -> bytes:
+    """Return a PNG of one colour, RGB."""
+    return png(np.full((rows, columns, 3), RGB[::-1], np.uint8))
+
+
+@pytest.mark.parametrize("size", [8, 4, 16], ids=["as it is", "smaller", "larger"])
+def test_colours_come_as_red_green_and_blue(tmp_path, size):
+    (tmp_path / "a.png").write_bytes(colour_png(8, 8))
+    picture = read_png(tmp_path / "a.png", size)
+    assert picture.shape == (size, size, 3) and (picture == RGB).all()
+
+
+def test_colour_picture_that_is_no_square_is_padded_with_black(tmp_path):
+    (tmp_path / "a.png").write_bytes(colour_png(20, 40))
+    picture = read_png(tmp_path / "a.png", 40)
+    assert (picture[10:30] == RGB).all() and (picture[:10] == 0).all() and (picture[30:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [png(np.full((4, 4), 9, np.uint8)), png(np.full((4, 4), 9 * 257, np.uint16))],
+    ids=["8 bits", "16 bits"],
+)
+def test_grey_is_one_channel(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert (read_png(tmp_path / "a.png", 4) == np.full((4, 4), 9)).all()
+
+
+def test_variant_that_mixes_grey_and_colour_is_refused_with_a_picture_of_each(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(np.zeros((4, 4), np.uint8)))
+    check_channels(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "c.png").write_bytes(colour_png(4, 4))
+    with pytest.raises(
+        ValueError, match=r"mixes grey pictures \(a\.png\) and colour \(c\.png\): delete the f"
+    ):
+        check_channels(tmp_path, ["a.png", "b.png", "c.png"])
+
+
+def test_channels_become_the_picture_again():
+    grey, colour = np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert to_channels(grey).shape == (1, 2, 3) and to_channels(colour).shape == (3, 2, 3)
+    for picture in (grey, colour):
+        assert np.array_equal(to_picture(to_channels(picture)), picture)
 
 
 def test_digest_follows_names_and_bytes(tmp_path):
@@ -91,6 +144,17 @@ def test_pictures_are_flipped_in_all_ways_that_are_allowed(flips, expected):
     ways = {"": picture, "h": picture[:, ::-1], "v": picture[::-1], "hv": picture[::-1, ::-1]}
     allowed = {np.ascontiguousarray(way).tobytes() for name, way in ways.items() if set(name) <= set(flips)}
     assert found == allowed and len(found) == expected
+
+
+def test_colours_are_augmented_as_grey_is():
+    recipe, colours = (
+        plain_recipe(rotation=20.0, shift=3.0, zoom=0.1, flips="hv"),
+        [some_picture() // k for k in (1, 2, 3)],
+    )
+    for seed in range(5):
+        found = augment(np.dstack(colours), np.random.default_rng(seed), recipe)
+        expected = [augment(colour, np.random.default_rng(seed), recipe) for colour in colours]
+        assert np.array_equal(found, np.dstack(expected))
 
 
 def test_augmentation_follows_from_seed_epoch_and_slice_alone(data):
@@ -147,6 +211,28 @@ def test_cached_streamed_and_worker_loaded_pictures_are_the_same(data):
     loaders = [make_loader(p, batches, workers) for p, workers in zip(pictures, (0, 2), strict=True)]
     for (first, i), (second, j) in zip(*loaders, strict=True):
         assert torch.equal(first, second) and torch.equal(i, j)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_batches_of_a_colour_variant_have_three_channels(tmp_path, cached):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(colour_png(SIZE, SIZE))
+    pictures = Pictures(tmp_path, ["a.png", "b.png"], make_settings(), cached=cached)
+    ((batch, index),) = make_loader(pictures, [[(None, 1), (None, 0)]], 0)
+    assert batch.shape == (2, 3, SIZE, SIZE) and batch.dtype == torch.uint8 and index.tolist() == [1, 0]
+    assert batch[0, :, 5, 7].tolist() == list(RGB)
+
+
+def test_colours_take_three_times_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "grey.png").write_bytes(png(np.zeros((SIZE, SIZE), np.uint8)))
+    (tmp_path / "colour.png").write_bytes(colour_png(SIZE, SIZE))
+    memory = type(
+        "Memory", (), {"available": 4 * 2 * 10 * SIZE**2}
+    )  # a quarter of it: twice ten grey pictures
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    settings = make_settings()
+    assert [fits_in_memory(settings, tmp_path / "grey.png", n) for n in (20, 21)] == [True, False]
+    assert [fits_in_memory(settings, tmp_path / "colour.png", n) for n in (6, 7)] == [True, False]
 
 
 def test_loading_draws_nothing_from_the_generator_of_the_training(tmp_path):

@@ -96,7 +96,8 @@ def test_one_variant_is_chosen_by_name_or_number(data, wanted):
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ("0,7", "^variants: '7' unknown, choose of 0_Dicom2PNG"),
+        ("0,12", "^variants: '12' unknown, choose of 0_Dicom2PNG"),
+        ("0,7", r"7_Window has no TrainingData: run Step1_Image_Preprocessing\.py --variants 7_Window$"),
         ("", "^variants: '' unknown, choose of 0_Dicom2PNG"),
         ([], "^variants: the list is empty"),
         (
@@ -122,6 +123,34 @@ def test_manifest_without_any_variant_is_refused(tmp_path):
     write_pictures(tmp_path, variants=())
     with pytest.raises(ValueError, match="has no variant folder with a TrainingData: run Step1_Image"):
         choose_variants(None, tmp_path)
+
+
+@pytest.fixture
+def with_extra(data, tmp_path):
+    """Return an output folder with one of Step 1's extra variants beside the usual ones."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(data / "1_ROI", tmp_path / "data" / "10_ROI+noskull")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (None, VARIANTS),
+        ("all", (*VARIANTS, "10_ROI+noskull")),
+        ("10,0", ("0_Dicom2PNG", "10_ROI+noskull")),
+        (["10_ROI+noskull"], ("10_ROI+noskull",)),
+    ],
+)
+def test_extra_variants_are_compared_when_asked_for(with_extra, wanted, chosen):
+    assert choose_variants(wanted, with_extra) == chosen
+
+
+def test_folder_with_extra_variants_alone_needs_them_asked_for(with_extra):
+    for variant in VARIANTS:
+        shutil.rmtree(with_extra / variant)
+    with pytest.raises(ValueError, match=r"has no variant folder with a TrainingData: .* variants to 'all'$"):
+        choose_variants(None, with_extra)
 
 
 @pytest.fixture

@@ -3,16 +3,11 @@
 The full simulation is tests/benchmarks/simulate_intervals.py; its table stands there.
 """
 
-import sys
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 from simulate_intervals import one_setting, simulate
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
@@ -37,19 +32,17 @@ from step2.summary import headline, summarize
 # ---------------------------------------- intervals and errors, by simulation
 
 
-@pytest.mark.parametrize("sd", [0.0, 0.02])
+@pytest.mark.parametrize("sd", [0.0, 0.03])
 def test_false_positives_stay_near_five_percent_with_and_without_training_noise(sd):
-    found = one_setting(400, 3, sd, tables=160, draws=200, unequal=False)
-    assert 1.5 < found["one"] < 9  # 480 contrasts, six of a table alike
-    assert 91 < found["covered"] < 98.5
-    if sd:
-        assert found["alone"] > 13  # what patients alone would have said
+    found = one_setting(200, 3, sd, tables=120, draws=60, unequal=False)
+    assert 0.5 < found["one"] < 11  # of 360 contrasts, six of a table alike
+    assert 89 < found["covered"] < 99.5 and found["best"] > 85
+    assert found["alone"] > found["one"]  # what patients alone would have said
 
 
 def test_training_sd_is_found():
-    found = one_setting(1500, 5, 0.02, tables=30, draws=200, unequal=False)
-    assert found["sd"] == pytest.approx(2, abs=0.5)
-    assert found["best"] > 85
+    found = one_setting(800, 5, 0.03, tables=16, draws=60, unequal=False)
+    assert found["sd"] == pytest.approx(3, abs=0.6)
 
 
 def test_more_patients_do_not_buy_off_training_noise():
@@ -233,7 +226,7 @@ def test_effects_of_steps_follow_the_folders():
     assert [(c["contrast"], len(c["pairs"])) for c in declared if c["kind"] == "factorial"] == [
         ("effect of CLAHE", 2),
         ("effect of bilateral", 2),
-        ("effect of noblank", 3),
+        ("effect of noblank (skull black and crop)", 3),
     ]
 
 
@@ -241,7 +234,7 @@ def test_effects_of_steps_follow_the_folders():
     ("variants", "expected"),
     [
         (ALL_VARIANTS[:2], ["1_ROI"]),  # the effect of ROI is this contrast, not another one
-        (["1_ROI", "4_ROI+noblank"], ["effect of noblank"]),
+        (["1_ROI", "4_ROI+noblank"], ["effect of noblank (skull black and crop)"]),
         (["1_ROI", "6_ROI+noblank+CLAHE+Bilateral"], []),
         (["0_Dicom2PNG"], []),
     ],

@@ -58,8 +58,7 @@ def prepare(paths: list[Path]) -> None:
     for path in paths:
         ds = step1.read_dicom(path)
         hu, _ = step1.hounsfield(step1.decode(ds), ds)
-        ct = step1.CTSlice(hu, step1.dicom2png(hu, ds)[0], np.ones(hu.shape, bool), (0, 0, *hu.shape[::-1]))
-        after = step1.step_runner(ct, step1.BRAIN_WINDOW)
+        after = step1.step_runner(step1.whole_slice(hu, step1.dicom2png(hu, ds)[0], step1.BRAIN_WINDOW))
         sources = [after(("roi",)), after(("roi", "noblank"))]
         filtered = []
         for source in sources:

@@ -6,11 +6,11 @@
 A probit model: a slice is right where a normal score lies below a threshold. The score's variance is 0.40 the
 patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the call's
 own. Each training (variant, fold) shifts the threshold by chance, by an SD of so many points of accuracy near
-its 60 %. Seven variants and a control, patients of 1 to 3 slices. --unequal: variants 2 and 3 are twins, which share most
-of what is their own, as CLAHE and CLAHE + bilateral do; "twins" is the false positives of that quiet contrast.
+its 60 %. Seven variants and a control, patients of 1 to 3 slices. --unequal: variants 2 and 3 are twins, which
+share most of what is their own, as CLAHE and CLAHE + bilateral do; "twins" is the false positives of that quiet contrast.
 
-Printed for each setting, in % of the tables, of six contrasts with the first variant: false positives of one contrast, Holm's
-family-wise error, both also for patients alone (what a method that takes the trained networks as given would
+Printed for each setting, in % of the tables, of six contrasts with the first variant: false positives of one
+contrast, Holm's family-wise error, both also for patients alone (what a method that takes the trained networks as given would
 say), coverage of a true difference of 5 points, how often the best set holds the truly best variant, the
 interval's width over that of patients alone, and the SD of a training that was found, in points.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.estimates import Estimates, find_cells, mean_estimates
 from step2.statistics import best_of, holm
 

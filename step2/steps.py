@@ -1,0 +1,75 @@
+"""One slice led through Step 1's single steps, one after the other, for the eye. Uses Step 1 and figures."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import Step1_Image_Preprocessing as step1
+from step2.figures import panels, tile
+
+WORDS = {  # the steps in the order shown; ROI and noblank are two each
+    "window": "brain window, {0:g}/{1:g} HU",
+    "mask": "head mask: that is ROI",
+    "noskull": "skull black",
+    "crop": "crop: that is noblank",
+    "clahe": "CLAHE: contrast, and noise",
+    "bilateral": "bilateral filter: less noise",
+}
+SEEN_HU = (-150, 400)  # of the histogram: fat and skin to the left, the skull beyond the right edge
+BLOOD_HU = (50, 90)  # fresh
+
+
+def draw_steps(path: str | Path) -> plt.Figure:
+    """Draw a DICOM slice in its header's window, then after each further step, and the HU of its head.
+
+    ValueError where Step 1 would refuse the file.
+    """
+    ct, title = read_slice(Path(path))
+    after, names = step1.step_runner(ct), tuple(WORDS)
+    figure, axes = panels(len(names) + 2, 4, (2.6, 2.8))
+    titles = [title, *(f"+ {WORDS[name].format(*step1.BRAIN_WINDOW)}" for name in names)]
+    for count, (axis, words) in enumerate(zip(axes, titles, strict=False)):
+        tile(axis, after(names[:count]).image, words)
+        axis.title.set_fontsize(9)
+    draw_hu(axes[-1], ct.scan)
+    return figure
+
+
+def read_slice(path: Path) -> tuple[step1.CTSlice, str]:
+    """Return a slice before its first step, and the window of its picture in words."""
+    try:
+        ds = step1.read_dicom(path)
+        hu, _ = step1.hounsfield(step1.decode(ds), ds)
+        grey, shown = step1.dicom2png(hu, ds)
+    except step1.UnsuitableFile as err:
+        raise ValueError(f"{path}: {err}") from err
+    window: Any = shown.get("window_center"), shown.get("window_width")
+    words = (
+        "the header's look-up table"
+        if None in window
+        else "the header's window, {:g}/{:g} HU".format(*window)
+    )
+    if shown["window_source"] == "default":
+        words = "no window in the header: brain window"
+    return step1.whole_slice(hu, grey, step1.BRAIN_WINDOW), words
+
+
+def draw_hu(axis: plt.Axes, scan: step1.Scan) -> None:
+    """Draw how many of the head's pixels have which HU, and where brain window, blood and bone lie."""
+    center, width = step1.BRAIN_WINDOW
+    low, high = center - width / 2, center + width / 2
+    axis.axvspan(low, high, color="#56B4E9", alpha=0.3, lw=0, label=f"brain window, {low:g} to {high:g}")
+    blood = "fresh blood, {} to {}".format(*BLOOD_HU)
+    axis.axvspan(*BLOOD_HU, fc="none", ec="#D55E00", hatch="////", lw=0, label=blood)
+    bone = step1.BONE_SEED_HU
+    axis.axvspan(bone, SEEN_HU[1], color="#DDCC77", alpha=0.6, lw=0, label=f"bone, above {bone}")
+    counts, edges = np.histogram(scan.hu[scan.head], bins=np.arange(SEEN_HU[0], SEEN_HU[1] + 1, 5))
+    axis.stairs(counts / 5, edges, color="black", lw=1.2)
+    axis.set(xlim=SEEN_HU, yscale="symlog", ylim=(0, 500 * max(counts.max(), 1)))
+    axis.set_xlabel("HU", size=9)
+    axis.set_ylabel("pixels of the head a HU", size=9)
+    axis.set_title("what the head is made of", size=9)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, loc="upper right", frameon=True)

@@ -1,0 +1,105 @@
+"""A variant in colour beside grey ones: trained, predicted and drawn like them."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import plain_head, save_ct
+from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictures
+
+from step2 import engine, figures
+from step2.costs import cost_table
+from step2.explain import draw_cams
+from step2.runs import Comparison, collect_history, collect_predictions
+from step2.slices import read_slices
+
+GREY, COLOUR = "1_ROI", "11_ROI+windows"
+
+
+def write_colours(data: Path, tint: int) -> None:
+    """Write the pictures of GREY as RGB into COLOUR: red and green are its grey, blue is less by tint."""
+    for path in (data / GREY).rglob("*.png"):
+        grey = np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
+        target = data / COLOUR / path.relative_to(data / GREY)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(target), np.dstack([grey - np.minimum(grey, tint), grey, grey]))  # blue, green, red
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Comparison, pd.DataFrame]:
+    """Return a comparison of GREY and, without tint, COLOUR, trained, and its predictions."""
+    folder = tmp_path_factory.mktemp("colour")
+    write_pictures(folder / "data", variants=(GREY,))
+    write_colours(folder / "data", tint=0)
+    comparison = make_comparison_for(folder / "data", folder / "results", (GREY, COLOUR), folds=1)
+    engine.train_all(comparison)
+    return comparison, collect_predictions(comparison)
+
+
+def test_grey_written_as_colour_trains_to_the_same_predictions(trained):
+    _, table = trained
+    grey, colour = (table[table["variant"] == v].drop(columns="variant") for v in (GREY, COLOUR))
+    pd.testing.assert_frame_equal(grey.reset_index(drop=True), colour.reset_index(drop=True))
+
+
+def test_costs_of_a_colour_variant(trained, tmp_path):
+    comparison, table = trained
+    save_ct(tmp_path / "TrainingData" / "healthy" / "a.dcm", plain_head())
+    costs = cost_table(comparison.settings.data, tmp_path, table, collect_history(comparison))
+    assert costs.shape == (2, 3) and (costs > 0).all(axis=None)
+
+
+def test_grad_cam_of_a_colour_variant_is_drawn(trained):
+    figure = draw_cams(*trained)
+    shapes = {axis.images[0].get_array().shape for axis in figure.axes}
+    plt.close(figure)
+    assert shapes == {(SIZE, SIZE), (SIZE, SIZE, 3)}
+
+
+@pytest.fixture(scope="module")
+def tinted(tmp_path_factory) -> Path:
+    """Return an output folder of Step 1 with GREY and, with a tint, COLOUR."""
+    folder = tmp_path_factory.mktemp("tinted")
+    write_pictures(folder, variants=(GREY,))
+    write_colours(folder, tint=40)
+    return folder
+
+
+def mistakes(slices: pd.DataFrame) -> pd.DataFrame:
+    """Return two slices as mistakes of COLOUR."""
+    return slices.head(2).assign(variant=COLOUR, predicted="epidural", confidence=0.9)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda data, slices: figures.draw_variants(data, [GREY, COLOUR], slices, SIZE),
+        lambda data, slices: figures.draw_augmented(make_settings(data=data), COLOUR, slices, 1),
+        lambda data, slices: figures.draw_mistakes(mistakes(slices), data, SIZE),
+    ],
+    ids=["variants", "augmented", "mistakes"],
+)
+def test_figures_show_the_colours(tinted, draw):
+    figure = draw(tinted, read_slices(tinted).training)
+    figure.canvas.draw()
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    plt.close(figure)
+    colours = [picture for picture in shown if picture.ndim == 3]
+    assert colours and all(picture.shape == (SIZE, SIZE, 3) for picture in colours)
+    bright = np.concatenate(
+        [picture[picture[..., 0] > 245] for picture in colours]
+    )  # the square of the class
+    assert len(bright) and (bright[:, 0] - bright[:, 2] >= 35).all()  # red first, blue less by the tint
+
+
+@pytest.mark.parametrize("image", ["TrainingData/subdural/0.1.png", "TestingData/healthy.png"])
+def test_comparison_refuses_a_variant_that_mixes_grey_and_colour(tinted, tmp_path, image):
+    data = tmp_path / "data"
+    shutil.copytree(tinted, data)
+    shutil.copy(data / GREY / image, data / COLOUR / image)
+    with pytest.raises(ValueError, match=rf"11_ROI\+windows mixes grey pictures \({image}\) and colour"):
+        make_comparison_for(data, tmp_path / "results", (GREY, COLOUR), folds=1)
