@@ -46,13 +46,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "model_name": "efficientnet-narrow",
         "image_size": 80,
-        "epochs": 70,
-        "batch_size": 8,
+        "epochs": 100,
+        "batch_size": 30,  # two steps an epoch: fits 60 slices faster and surer than eight of 8 do
         "folds": 3,
         "repeats": 1,
         "weights": "none",
         "schedule": "one cycle",
-        "rates": (6e-3,),  # its peak
+        "rates": (1.6e-2,),  # its peak
         "weight_decay": 0.05,
         "label_smoothing": 0.1,
         "rotation": 10.0,

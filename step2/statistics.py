@@ -22,7 +22,7 @@ from step2.variants import BASELINE, CLASSES, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
 DRAWS = 10_000  # bootstrap draws of the contrasts
-BEST_DRAWS = 100_000  # of the largest of several t, for the best set
+BEST_DRAWS = 20_000  # of the largest of several t, for the best set
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
     *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),

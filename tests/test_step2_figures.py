@@ -11,7 +11,9 @@ from step2.metrics import metric_table
 from step2.report import Report, make_caption
 from step2.settings import read_settings
 from step2.slices import Slices
-from step2.statistics import contrast_table
+from step2.statistics import contrast_table, pair_table
+
+TWO = ("0_Dicom2PNG", "1_ROI")
 
 
 @pytest.fixture(scope="module", params=[2, 7])
@@ -25,17 +27,57 @@ def tables(request):
     "draw",
     [
         lambda table, metrics, contrasts: figures.draw_forest(contrasts),
-        lambda table, metrics, contrasts: figures.draw_accuracy(table, metrics),
+        lambda table, metrics, contrasts: figures.draw_pairs(pair_table(table, n_draws=60)),
+        lambda table, metrics, contrasts: figures.draw_accuracy(table, metrics, ["1_ROI"]),
         lambda table, metrics, contrasts: figures.draw_sensitivities(table, metrics),
-        lambda table, metrics, contrasts: figures.draw_confusions(table),
-        lambda table, metrics, contrasts: figures.draw_any_hemorrhage(table, metrics),
-        lambda table, metrics, contrasts: figures.draw_reliability(table, metrics),
+        lambda table, metrics, contrasts: figures.draw_confusions(table, TWO),
+        lambda table, metrics, contrasts: figures.draw_any_hemorrhage(table, metrics, TWO),
+        lambda table, metrics, contrasts: figures.draw_reliability(table, metrics, TWO),
     ],
-    ids=["forest", "accuracy", "sensitivities", "confusions", "any_hemorrhage", "reliability"],
+    ids=["forest", "pairs", "accuracy", "sensitivities", "confusions", "any_hemorrhage", "reliability"],
 )
 def test_figures_draw(tables, draw):
     figure = draw(*tables)
     figure.canvas.draw()
+    plt.close(figure)
+
+
+def axis_texts(figure: plt.Figure) -> str:
+    """Return all that stands in a figure's axes."""
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    return " ".join([*texts, *(axis.get_title() for axis in figure.axes)])
+
+
+def test_forest_shows_training_noise_and_hides_a_band_out_of_reach():
+    contrasts = contrast_table(random_table(24, 2, ALL_VARIANTS, folds=3), n_draws=60)
+    for noise, margin, words in ((0.03, 0.01, ["3.0: SD of a difference"]), (0.0, 0.9, ["equivalence band"])):
+        figure = figures.draw_forest(contrasts.assign(seed_noise=noise), margin)
+        (legend,) = (axis.get_legend() for axis in figure.axes)
+        shown = [text.get_text() for text in legend.get_texts()]
+        assert len(shown) == 1 and words[0] in shown[0]
+        plt.close(figure)
+
+
+def test_difference_of_confusions_is_second_minus_first():
+    table = random_table(40, 2, TWO, folds=3)
+    first, second = ((table["variant"] == v) & (table["label"] == "healthy") for v in TWO)
+    hits = [(table.loc[rows, "predicted"] == "healthy").sum() for rows in (first, second)]
+    figure = figures.draw_confusions(table, TWO)
+    corner = [axis.texts[0].get_text() for axis in figure.axes]
+    assert corner == [str(hits[0]), str(hits[1]), f"{hits[1] - hits[0]}"]
+    plt.close(figure)
+
+
+def test_learning_curves_say_who_is_still_learning_and_skip_epochs_without_a_look():
+    rows = [
+        {"variant": v, "repeat": 1, "fold": 1, "control": False, "epoch": e, "train_loss": 1.0}
+        | {"train_accuracy": 0.5, "val_loss": 1.5 if e != 2 else np.nan, "val_accuracy": 0.4}
+        for v in TWO
+        for e in (1, 2, 3)
+    ]
+    figure = figures.draw_learning(pd.DataFrame(rows), TWO, ["1_ROI"])
+    assert "1_ROI\nstill learning" in axis_texts(figure) and "1.50" in axis_texts(figure)
+    assert axis_texts(figure).count("still learning") == 1
     plt.close(figure)
 
 

@@ -7,12 +7,13 @@ A probit model: a slice is right where a normal score lies below a threshold. Th
 patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the call's
 own. Each training (variant, fold) shifts the threshold by chance, by an SD of so many points of accuracy near
 its 60 %. Seven variants and a control, patients of 1 to 3 slices. --unequal: variants 2 and 3 are twins, which
-share most of what is their own, as CLAHE and CLAHE + bilateral do; "twins" is the false positives of that quiet contrast.
+share most of what is their own, as CLAHE and CLAHE + bilateral do.
 
-Printed for each setting, in % of the tables, of six contrasts with the first variant: false positives of one
-contrast, Holm's family-wise error, both also for patients alone (what a method that takes the trained networks as given would
-say), coverage of a true difference of 5 points, how often the best set holds the truly best variant, the
-interval's width over that of patients alone, and the SD of a training that was found, in points.
+Printed for each setting, in % of the tables, for six contrasts with the first variant: one, false positives of
+a single contrast; alone, the same for an error of patients alone, which takes the trained networks as given;
+twins, false positives of variant 2 against 3; family, Holm's family-wise error, and that of patients alone;
+covered, intervals that hold a true difference of 5 points; best, best sets that hold the variant that is truly
+best, by 2 points; width, of an interval over that of patients alone; SD found, of a training, points.
 """
 
 import argparse

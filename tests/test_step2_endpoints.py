@@ -1,0 +1,80 @@
+"""The clinical endpoint: AUC and sensitivity at 90 % specificity, against scikit-learn and by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score, roc_curve
+from step2_helpers import ALL_VARIANTS, random_table
+
+from step2.endpoints import endpoint_table
+from step2.metrics import concordance, metric_table, ranking_estimates, sensitivity_at_90
+from step2.summary import endpoints_in_words
+
+
+def test_sensitivity_at_90_agrees_with_the_roc_curve():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(40, size=300) / 40, rng.random(300) < 0.5
+    weights = rng.integers(0, 4, size=(5, 300)).astype(float)
+    found, total = sensitivity_at_90(scores, positive, weights)
+    for draw in range(5):
+        false, true, _ = roc_curve(positive, scores, sample_weight=weights[draw], drop_intermediate=False)
+        assert found[draw] / total[draw] == pytest.approx(true[false <= 0.1 + 1e-12].max())
+
+
+def test_sensitivity_at_90_by_hand():
+    """Ten healthy, one above the lowest bleed but two: 90 % specificity allows exactly one."""
+    scores = np.array([0.9, *np.linspace(0.0, 0.2, 9), 0.95, 0.92, 0.5, 0.1])
+    positive = np.array([False] * 10 + [True] * 4)
+    found, total = sensitivity_at_90(scores, positive, np.ones((1, 14)))
+    assert (found[0], total[0]) == (3, 4)
+
+
+def test_estimates_rank_within_folds_and_share_draws_between_variants():
+    table = random_table(80, 2, ALL_VARIANTS[:3], folds=2)
+    found = ranking_estimates(table, concordance, 100, 0)
+    for name, value in zip(found.names, found.values, strict=True):
+        rows = table[table["variant"] == name]
+        parts = [
+            (
+                roc_auc_score(f["label"] != "healthy", 1 - f["p_healthy"]),
+                (f["label"] == "healthy").sum() * (f["label"] != "healthy").sum(),
+            )
+            for _, f in rows.groupby("fold")
+        ]
+        assert value == pytest.approx(np.average([a for a, _ in parts], weights=[n for _, n in parts]))
+    assert found.freedom[1] == 2
+
+
+def test_auc_interval_is_on_the_logit_scale():
+    table = random_table(80, 2, ALL_VARIANTS[:2], folds=3)
+    row = metric_table(table, n_draws=100).set_index(["variant", "metric"]).loc[("1_ROI", "any_auc")]
+    low, value, high = (np.log(p / (1 - p)) for p in row[["ci_low", "value", "ci_high"]])
+    assert value - low == pytest.approx(high - value)
+
+
+def test_contrasts_of_both_endpoints():
+    table = endpoint_table(random_table(200, 2, ALL_VARIANTS, folds=2), n_draws=60)
+    assert set(table["endpoint"]) == {"AUC", "sensitivity at 90 % specificity"}
+    assert (table.groupby("endpoint")["kind"].apply(lambda kind: (kind == "primary").sum()) == 6).all()
+    first = table.iloc[0]
+    assert first["difference"] == pytest.approx(first["value_a"] - first["value_b"])
+
+
+def test_too_few_healthy_slices_a_fold_leave_sensitivity_out_with_a_word(capsys):
+    table = endpoint_table(random_table(60, 2, ALL_VARIANTS[:2], folds=5), n_draws=40)
+    assert set(table["endpoint"]) == {"AUC"}
+    assert "not estimable" in capsys.readouterr().out
+
+
+def test_too_few_healthy_patients_leave_nothing():
+    table = random_table(30, 2, ALL_VARIANTS[:2])
+    few = table[(table["label"] != "healthy") | table["patient"].isin(["P0", "P1"])]
+    assert endpoint_table(few).empty
+    assert endpoints_in_words(pd.DataFrame(), pd.DataFrame()).startswith("Too few")
+
+
+def test_words_name_another_order_by_auc():
+    rows = [("a", "accuracy", 0.9), ("b", "accuracy", 0.8), ("a", "any_auc", 0.7), ("b", "any_auc", 0.8)]
+    metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
+    endpoints = pd.DataFrame({"kind": ["factorial"], "endpoint": ["AUC"]})
+    assert endpoints_in_words(metrics, endpoints) == "By AUC the order is another one than by accuracy: b, a."
