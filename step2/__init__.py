@@ -3,7 +3,7 @@
 The rooms in reading order; each imports only from those above it:
 
     variants     the variants of Step 1's table, and which pairs of them differ by one step
-    settings     every parameter with its limits, and the two profiles
+    settings     every parameter with its limits, and the profiles
     files        files that are whole or not there, and the results folder, which one notebook uses at a time
     slices       Step 1's manifest: which slices there are, of which class and patient
     pictures     PNGs, augmentation, batches
@@ -13,13 +13,16 @@ The rooms in reading order; each imports only from those above it:
     speed        precision, memory layout and compilation: measured on a GPU, fixed on a CPU
     runs         all runs of a comparison: their folders, what they leave behind, the tables made of them
     engine       who trains them: this process, a Dask cluster on this machine, or one elsewhere
-    bootstrap    draws of whole patients, and the intervals that follow
+    convergence  whether each variant trained to its end
+    bootstrap    draws of whole patients
+    estimates    a metric of every variant, and its two sources of noise: patients and trainings
     metrics      accuracy, sensitivity, AUC, calibration, from the held-out predictions
-    statistics   paired differences between variants, with intervals, p values and verdicts
+    statistics   paired differences between variants, intervals, p values, verdicts; which may be the best
+    endpoints    the same for any hemorrhage against healthy
     costs        what a variant costs: milliseconds, minutes, kilobytes
     report       where tables and figures go, and the line that says what made them
     figures      every figure
-    steps        one slice led through Step 1's steps, as a figure
+    steps        one slice led through the steps
     explain      Grad-CAM
     summary      the answer in words
 """

@@ -34,13 +34,10 @@ def test_estimates_rank_within_folds_and_share_draws_between_variants():
     found = ranking_estimates(table, concordance, 100, 0)
     for name, value in zip(found.names, found.values, strict=True):
         rows = table[table["variant"] == name]
-        parts = [
-            (
-                roc_auc_score(f["label"] != "healthy", 1 - f["p_healthy"]),
-                (f["label"] == "healthy").sum() * (f["label"] != "healthy").sum(),
-            )
-            for _, f in rows.groupby("fold")
-        ]
+        parts = []
+        for _, fold in rows.groupby("fold"):
+            bleed = fold["label"] != "healthy"
+            parts.append((roc_auc_score(bleed, 1 - fold["p_healthy"]), bleed.sum() * (~bleed).sum()))
         assert value == pytest.approx(np.average([a for a, _ in parts], weights=[n for _, n in parts]))
     assert found.freedom[1] == 2
 
