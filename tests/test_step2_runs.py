@@ -205,7 +205,7 @@ def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
 
 def test_unfinished_comparison_gives_no_table(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path / "r")
-    with pytest.raises(ValueError, match=r"predictions\.csv is missing or damaged: run the cell that trains"):
+    with pytest.raises(ValueError, match=r"done\.json is missing or damaged: run the cell that trains"):
         collect_predictions(comparison)
 
 

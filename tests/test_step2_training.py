@@ -16,6 +16,7 @@ from step2.speed import choose_precision, choose_speed, measure_speed, what_fits
 from step2.training import (
     Speed,
     Trainer,
+    half_weights,
     load_checkpoint,
     log_loss,
     save_checkpoint,
@@ -210,7 +211,7 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
 
 def test_kept_weights_are_halved_and_can_be_loaded(tmp_path):
     trainer, other = make_trainer(), make_trainer()
-    save_weights(tmp_path / "last.pt", trainer.network)
+    save_weights(tmp_path / "last.pt", half_weights(trainer.network))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["1.weight"].dtype, state["1.bias"].dtype) == (torch.float16, torch.float32)
     other.network.load_state_dict(state)
