@@ -121,7 +121,7 @@ def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
         env = dict.fromkeys(THREADS, str(settings.threads))
         env |= {"CUDA_VISIBLE_DEVICES": str(number)} if settings.gpus else {}
         how = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard": False}
-        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.ERROR}}
+        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.CRITICAL}}
     shown = find_spec("bokeh") is not None
     listen = {"host": "127.0.0.1", "dashboard": shown, "dashboard_address": "127.0.0.1:0"}
     with (

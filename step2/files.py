@@ -30,8 +30,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         temporary.unlink(missing_ok=True)
-        free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free"
-        lacks = f"it needs {size / 1e6:.1f} MB, {free}" if size else free
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        lacks = f"it needs {size:,}, {free}" if size else free
         text = f"the disk is full, {path} could not be written ({lacks}): free some space there and run again"
         raise OSError(errno.ENOSPC, text) from err
     finally:
