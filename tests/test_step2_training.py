@@ -18,6 +18,7 @@ from step2.training import (
     Trainer,
     half_weights,
     load_checkpoint,
+    loaders_explained,
     log_loss,
     save_checkpoint,
     save_weights,
@@ -81,6 +82,29 @@ def test_error_that_smaller_parts_do_not_cure_is_raised(message):
     trainer.forward = fail
     with pytest.raises(RuntimeError, match=message):
         train_step(trainer, *some_batch(), 1e-3)
+
+
+def test_memory_that_ends_for_a_single_slice_is_explained():
+    trainer = make_trainer(part=1)
+
+    def fail(pictures: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.forward = fail
+    with pytest.raises(RuntimeError, match=r"memory ended with one slice at a time .*: lower image_size"):
+        train_step(trainer, *some_batch(), 1e-3)
+
+
+@pytest.mark.parametrize("end", ["is killed by signal: Killed. ", "exited unexpectedly"])
+def test_loading_process_that_the_system_kills_is_explained(end):
+    explained = pytest.raises(RuntimeError, match=r"for want of memory: lower workers, processes or")
+    with explained, loaders_explained():
+        raise RuntimeError(f"DataLoader worker (pid(s) 123) {end}")
+
+
+def test_error_of_a_loading_process_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in"), loaders_explained():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
 def test_log_loss_by_hand():
