@@ -32,6 +32,7 @@ TOPIC = "step2-progress"
 PATIENCE_S = 40  # without any worker, or without the scheduler, before giving up
 CONNECT_S = 20  # for a scheduler to answer
 LINE_EVERY_S = 60  # of progress, where nobody watches
+FOR_MEMORY = "most often for want of memory: lower processes, batch_size or image_size, and run again"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # of glibc: Dask's own settings give memory back at once, which doubles the time of a step on a CPU
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
@@ -121,7 +122,7 @@ def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
         env = dict.fromkeys(THREADS, str(settings.threads))
         env |= {"CUDA_VISIBLE_DEVICES": str(number)} if settings.gpus else {}
         how = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard": False}
-        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.ERROR}}
+        workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.CRITICAL}}
     shown = find_spec("bokeh") is not None
     listen = {"host": "127.0.0.1", "dashboard": shown, "dashboard_address": "127.0.0.1:0"}
     with (
@@ -138,8 +139,11 @@ def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
 
 def interrupt_free(start: Callable, *args: Any, **options: Any) -> Any:
     """Return start(...), whose threads and processes leave an interrupt to the notebook, which ends them."""
-    with interrupts_blocked():
-        return start(*args, **options, silence_logs=logging.ERROR)
+    try:
+        with interrupts_blocked():
+            return start(*args, **options, silence_logs=logging.ERROR)
+    except RuntimeError as err:
+        raise RuntimeError(f"the processes that train could not be started ({err}), {FOR_MEMORY}") from err
 
 
 @contextmanager
@@ -201,8 +205,9 @@ def train_on(client: Client, comparison: Comparison, waiting: list[Run], progres
                 seen = time.monotonic()
             if time.monotonic() - seen > PATIENCE_S:
                 lost = "all Dask workers are gone" if client.status == "running" else "the scheduler is gone"
-                advice = "start them again, and run again: at most an epoch of each run is lost"
-                raise RuntimeError(f"{lost} for {PATIENCE_S} s: {advice}")
+                again = "start them again, and run again: at most an epoch of each run is lost"
+                advice = again if comparison.settings.cluster else FOR_MEMORY
+                raise RuntimeError(f"{lost} for {PATIENCE_S} s, {advice}")
             progress.show()
             time.sleep(0.2)
     finally:
@@ -219,10 +224,8 @@ def result_of(future: Future, run: Run) -> dict[str, Any]:
     try:
         return future.result()
     except KilledWorker as err:
-        advice = "most often for want of memory: lower processes, batch_size or image_size, and run again"
-        raise RuntimeError(
-            f"{run}: the system killed its worker {err.allowed_failures + 1} times, {advice}"
-        ) from err
+        killed = f"the system killed its worker {err.allowed_failures + 1} times"
+        raise RuntimeError(f"{run}: {killed}, {FOR_MEMORY}") from err
 
 
 # ---------------------------------------- progress

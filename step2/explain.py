@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from step2.figures import grid, in_lines, tile
 from step2.network import build_network, normalise
 from step2.pictures import read_png, to_channels
-from step2.runs import Comparison, Run
+from step2.runs import Comparison, Run, load_last
 from step2.variants import CLASSES
 
 CELLS = 10
@@ -58,8 +58,7 @@ def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
     figure, axes = grid(len(variants), len(shown), 1.4)
     network = build_network(settings, 0.1)
     for row, variant in enumerate(variants):
-        last = comparison.folder(Run(variant, 1, 1)) / "last.pt"
-        network.load_state_dict(torch.load(last, map_location="cpu", weights_only=True))
+        load_last(comparison, Run(variant, 1, 1), network)
         paths = [settings.data / variant / image for image in shown["image"]]
         pictures = [read_png(path, settings.image_size) for path in paths]
         maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)

@@ -42,7 +42,7 @@ KIND_LOOKS = {  # kind -> heading, marker, colour
 def variant_colors(variants: Sequence[str]) -> dict[str, str]:
     """Return a colour for each variant, the same for one of Step 1's table in every comparison."""
     order = [*KNOWN_VARIANTS, *(name for name in variants if name not in KNOWN_VARIANTS)]
-    return {name: COLORS[place % len(COLORS)] for place, name in enumerate(order)}
+    return {name: COLORS[place and 1 + (place - 1) % (len(COLORS) - 1)] for place, name in enumerate(order)}
 
 
 def grid(rows: int, columns: int, inches: float) -> tuple[plt.Figure, np.ndarray]:

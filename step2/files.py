@@ -14,11 +14,11 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from step2.variants import require
+TABLES, TEXTS = (".csv", ".png", ".svg"), ("settings.json", "summary.md")  # what a comparison writes
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that it's there whole or not at all.
+def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """Write a file under another name first, so that it's there whole or not at all; size: of it, if known.
 
     OSError that says so where the disk is full; what was not finished is removed.
     """
@@ -26,50 +26,67 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as err:  # torch's writer raises RuntimeError where the disk is full
-        needed = temporary.stat().st_size if temporary.exists() else 0
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free - needed
-        if getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < (1 << 20):
-            text = f"the disk is full, {path} could not be written: free some space there and run again"
-            raise OSError(errno.ENOSPC, text) from err
-        raise
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+        lacks = f"it needs {size:,}, {free}" if size else free
+        text = f"the disk is full, {path} could not be written ({lacks}): free some space there and run again"
+        raise OSError(errno.ENOSPC, text) from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_content(path: Path, content: bytes) -> None:
+    """Write bytes, atomically."""
+    write_atomically(path, lambda p: p.write_bytes(content), len(content))
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a dict as JSON with its own check sum, atomically."""
-    sealed = {"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
-    text = json.dumps(content | sealed, indent=2)
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Write a dict as JSON with a check sum of its file name and itself, atomically."""
+    text = json.dumps(content | {"sha256": json_seal(path, content)}, indent=2)
+    write_content(path, text.encode())
+
+
+def json_seal(path: Path, content: dict) -> str:
+    """Return the check sum that belongs into a JSON file of this name."""
+    return hashlib.sha256(json.dumps([path.name, content]).encode()).hexdigest()
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV, atomically, the same bytes for the same numbers."""
-    write_atomically(path, lambda p: table.to_csv(p, index=False, float_format="%.9g", lineterminator="\n"))
+    write_content(path, table.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the dict that write_json wrote, None where it is missing, damaged or changed."""
+    """Return the dict that write_json wrote to this file, None where it is missing, damaged or another's."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         seal = content.pop("sha256")
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
-    return content if seal == hashlib.sha256(json.dumps(content).encode()).hexdigest() else None
+    return content if seal == json_seal(path, content) else None
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """Write bytes behind their SHA-256, atomically."""
-    write_atomically(path, lambda p: p.write_bytes(hashlib.sha256(content).digest() + content))
+    """Write bytes behind a check sum of folder, file name and themselves, atomically."""
+    write_content(path, seal(path, content) + content)
 
 
 def read_sealed(path: Path) -> bytes | None:
-    """Return the bytes that write_sealed wrote, None where the file is missing, damaged or changed."""
+    """Return the bytes that write_sealed wrote here, None where the file is missing, damaged or another's."""
     try:
         whole = path.read_bytes()
     except OSError:
         return None
-    return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
+    return whole[32:] if seal(path, whole[32:]) == whole[:32] else None
+
+
+def seal(path: Path, content: bytes) -> bytes:
+    """Return the check sum that stands before the content of this file, 32 bytes."""
+    place = f"{path.parent.name}/{path.name}\0"
+    return hashlib.sha256(place.encode() + content).digest()
 
 
 def sha256(path: Path) -> str:
@@ -95,6 +112,8 @@ def lock_results(results: Path) -> FileLock:
         )
         advice = "wait for it, shut its kernel down, or set results to another folder"
         raise RuntimeError(f"another notebook uses {results} ({who}): {advice}") from err
+    except NotImplementedError as err:  # of filelock
+        raise ValueError(f"{wrong} (this file system has no locks)") from err
     except OSError as err:
         raise ValueError(f"{wrong} ({err.strerror or err})") from err
     for left_behind in [*results.glob(".*.tmp"), *results.glob("runs/*/*/.*.tmp")]:
@@ -104,28 +123,23 @@ def lock_results(results: Path) -> FileLock:
     return lock
 
 
-def put_aside(results: Path, identity: str) -> Path | None:
-    """Move the tables and figures of another comparison to a dated folder and return it.
+def put_aside(results: Path, identity: str) -> tuple[Path | None, list[str]]:
+    """Move the tables and figures of another comparison to a dated folder.
 
-    identity: of the present comparison. What this one writes again stays until then.
+    identity: of the present comparison. Returns that folder, None where nothing was moved, and the names of
+    the files that this comparison wrote earlier: they stay until they are written again.
     """
-    known = read_json(results / "written.json") or {}
-    write_json(results / "written.json", {"comparison": identity, "files": known.get("files", [])})
-    if not known or known.get("comparison") == identity:
-        return None
-    files = known.get("files", [])
-    require(isinstance(files, list), f"{results / 'written.json'} is damaged: delete it and run again")
-    there = [p for p in (results / Path(str(name)).name for name in files) if p.is_file()]
+    path = results / "written.json"
+    known = read_json(path) or {}
+    if known.get("comparison") == identity:
+        return None, known["files"]
+    names = known.get("files", [])
+    if not known and (path.exists() or (results / "runs").is_dir()):  # who wrote them is unknown: all
+        names = [p.name for p in results.iterdir() if p.suffix in TABLES or p.name in TEXTS]
+    there = [results / name for name in names if (results / name).is_file()]
     earlier = results / time.strftime("earlier-%Y-%m-%d-%H%M%S")
-    for path in there:
+    for file in there:
         earlier.mkdir(exist_ok=True)
-        path.replace(earlier / path.name)
-    write_json(results / "written.json", {"comparison": identity, "files": []})
-    return earlier if there else None
-
-
-def note_written(results: Path, name: str) -> None:
-    """Remember that this comparison wrote a file of the results folder."""
-    known = read_json(results / "written.json") or {"comparison": "", "files": []}
-    if name not in known["files"]:
-        write_json(results / "written.json", known | {"files": [*known["files"], name]})
+        file.replace(earlier / file.name)
+    write_json(path, {"comparison": identity, "files": []})
+    return (earlier if there else None), []

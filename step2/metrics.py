@@ -164,8 +164,8 @@ def interval_of(found: Estimates, variant: str, logit: bool) -> tuple[float, flo
     """Return a variant's 95 % interval, of a proportion within 0 and 1; on the logit scale where asked for."""
     at = found.names.index(variant)
     value = found.values[at]
-    *errors, freedom = found.errors(np.eye(len(found.names))[at])
-    half = stats.t.ppf(1 - ALPHA / 2, freedom) * np.hypot(*errors)
+    sampling, luck, freedom = found.errors(np.eye(len(found.names))[at])
+    half = stats.t.ppf(1 - ALPHA / 2, freedom) * np.hypot(sampling, luck)
     if not logit:
         return max(value - half, 0.0), min(value + half, 1.0)
     low, high = special.expit(special.logit(value) + np.array([-1, 1]) * half / (value * (1 - value)))

@@ -3,7 +3,6 @@
 The network is efficientnet_pytorch's, of Tan and Le, EfficientNet, 2019.
 """
 
-import hashlib
 import math
 import socket
 from contextlib import suppress
@@ -14,7 +13,7 @@ import torch
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import url_map
 
-from step2.files import read_json, write_atomically, write_json
+from step2.files import read_json, sha256, write_atomically, write_json
 from step2.settings import Recipe, Settings
 from step2.variants import CLASSES, require
 
@@ -90,6 +89,8 @@ def settle_weights(settings: Settings) -> InitialWeights:
     """
     path = settings.results / f"initial_weights_{settings.model_name}.json"
     fields = read_json(path) or {}
+    if path.exists() and not fields:
+        print(f"{path} is damaged: the initial weights are settled again")
     if settings.weights == "auto" and set(fields) == set(InitialWeights.__dataclass_fields__):
         earlier = InitialWeights(**fields)
         if earlier.requested == "auto" and earlier.used == "imagenet":
@@ -106,7 +107,7 @@ def find_weights(settings: Settings) -> InitialWeights:
     """Settle the initial weights: a file, ImageNet's, or none, asked for or for want of a download."""
     requested, name = settings.weights, settings.model_name
     if requested not in ("auto", "imagenet", "none"):
-        digest = hashlib.sha256(Path(requested).read_bytes()).hexdigest()
+        digest = sha256(Path(requested))
         given = InitialWeights(requested, "file", requested, digest, f"initial weights from {requested}")
         load_initial(build_network(settings, 0.1), given)  # a wrong file is refused now, not in the first run
         return given
@@ -119,20 +120,20 @@ def find_weights(settings: Settings) -> InitialWeights:
         why = f"ImageNet's can't be had ({err})"
         require(requested == "auto", f"weights = 'imagenet': {why}; set weights to a file, or to 'none'")
         return InitialWeights(requested, "none", "", "", f"random initial weights: {why}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     return InitialWeights(requested, "imagenet", str(path), digest, f"ImageNet weights, {path.name}")
 
 
 def download_imagenet(name: str) -> Path:
-    """Return the file of the library's ImageNet weights, downloaded unless torch's cache has it."""
+    """Return the file of the library's ImageNet weights, downloaded unless torch's cache has it whole."""
     url = url_map[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
+    checksum = path.stem.rsplit("-", 1)[1]  # the start of its SHA-256
+    if not (path.is_file() and sha256(path).startswith(checksum)):
         path.parent.mkdir(parents=True, exist_ok=True)
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # seconds without an answer; a closed network may never give one
         try:
-            checksum = path.stem.rsplit("-", 1)[1]  # the start of its SHA-256
             fetch = torch.hub.download_url_to_file
             write_atomically(path, lambda p: fetch(url, str(p), hash_prefix=checksum, progress=False))
         finally:

@@ -16,7 +16,7 @@ import PIL.Image
 from IPython.core.getipython import get_ipython
 from IPython.display import Image, Markdown, display
 
-from step2.files import note_written, put_aside, write_atomically, write_csv
+from step2.files import put_aside, write_content, write_csv, write_json
 from step2.settings import Settings
 from step2.slices import Slices
 
@@ -54,7 +54,8 @@ class Report:
 
     def __init__(self, results: Path, caption: str, patient_level: bool, identity: str):
         self.results, self.caption, self.patient_level = results, caption, patient_level
-        earlier = put_aside(results, identity)
+        self.identity = identity
+        earlier, self.written = put_aside(results, identity)
         if earlier:
             print(f"tables and figures of another comparison were moved to {earlier}")
 
@@ -88,8 +89,8 @@ class Report:
 
     def csv(self, table: pd.DataFrame, name: str) -> None:
         """Write a table to the results folder."""
+        self.note(name)
         write_csv(self.results / name, table)
-        note_written(self.results, name)
 
     def text(self, text: str, name: str) -> None:
         """Write Markdown to the results folder and show it."""
@@ -102,8 +103,15 @@ class Report:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of the results folder, whole or not at all."""
-        write_atomically(self.results / name, lambda p: p.write_bytes(content))
-        note_written(self.results, name)
+        self.note(name)
+        write_content(self.results / name, content)
+
+    def note(self, name: str) -> None:
+        """Remember that this comparison writes a file, so that another one moves it away."""
+        if name not in self.written:
+            self.written.append(name)
+            path = self.results / "written.json"
+            write_json(path, {"comparison": self.identity, "files": self.written})
 
 
 def small_png(drawn: IO[bytes]) -> bytes:

@@ -6,6 +6,7 @@ gets a folder of its own, and nothing is overwritten.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -39,12 +40,13 @@ from step2.training import (
     Speed,
     Tell,
     Trainer,
+    half_weights,
     predict,
     predict_held_out,
     save_weights,
     train_run,
 )
-from step2.variants import CLASSES, require
+from step2.variants import CLASSES
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
 PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
@@ -165,7 +167,7 @@ def make_comparison(
 def read_done(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Return what a finished run noted, None where it isn't finished, and the files that are damaged."""
     done = read_json(folder / "done.json")
-    if done is None:
+    if done is None or done.get("folder") != folder.name:
         return None, ["done.json"] if (folder / "done.json").exists() else []
     whole = {name: (folder / name).is_file() for name in done["files"]}
     damaged = [name for name, there in whole.items() if not there]
@@ -202,6 +204,8 @@ def remove_damaged(comparison: Comparison) -> list[str]:
             for name in [*(done or {"files": {}})["files"], "done.json"]:
                 (folder / name).unlink(missing_ok=True)
             lines.append(f"{folder / damaged[0]} is damaged: this run is trained again")
+        elif done:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a notebook killed at the very end
     return lines
 
 
@@ -238,10 +242,12 @@ def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.dev
     rows = slices.iloc[job.held_out][["image", "label"]]
     write_csv(folder / "predictions.csv", prediction_table(rows, predict_held_out(job, trainer)))
     write_csv(folder / "history.csv", pd.DataFrame(history))
-    save_weights(folder / "last.pt", trainer.network)
+    save_weights(folder / "last.pt", half_weights(trainer.network))
+    save_weights(folder / "best.pt", trainer.best)
     names = ("predictions.csv", "history.csv", "last.pt", "best.pt")
     done = {
         "run": run._asdict(),
+        "folder": folder.name,
         "accuracy": history[-1]["val_accuracy"],
         "seconds": sum(row["seconds"] for row in history),
         "device": device_name(device),
@@ -251,7 +257,7 @@ def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.dev
         "initial_weights": asdict(comparison.weights),
         "system": {"platform": platform.platform(), "cores": os.cpu_count()},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-        "files": {name: sha256(folder / name) for name in names if (folder / name).is_file()},
+        "files": {name: sha256(folder / name) for name in names},
     }
     write_json(folder / "done.json", json.loads(json.dumps(done)))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -262,7 +268,7 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
     settings, images = comparison.settings, list(comparison.slices.testing["image"])
     folder, name = comparison.folder(run), comparison.testing_file(run)
     trainer = Trainer(settings, speed, 0.1, device)
-    trainer.network.load_state_dict(torch.load(folder / "last.pt", map_location="cpu", weights_only=True))
+    load_last(comparison, run, trainer.network)
     pictures = Pictures(settings.data / run.variant, images, settings)
     loader = make_loader(pictures, in_order(np.arange(len(images)), settings.batch_size), 0)
     rows = comparison.slices.testing[["image"]]
@@ -285,13 +291,34 @@ def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFr
     return pd.concat([rows.assign(predicted=predicted), table], axis=1)
 
 
+def read_note(comparison: Comparison, run: Run) -> dict[str, Any]:
+    """Return what a finished run noted; ValueError that names the file where there is no whole one."""
+    done, _ = read_done(comparison.folder(run))
+    return done or refuse(comparison.folder(run) / "done.json")
+
+
+def read_result(comparison: Comparison, run: Run, name: str) -> bytes:
+    """Return a file that a finished run left behind; ValueError that names it where it was changed."""
+    noted, path = read_note(comparison, run)["files"].get(name), comparison.folder(run) / name
+    content = path.read_bytes() if path.is_file() else b""
+    return content if hashlib.sha256(content).hexdigest() == noted else refuse(path)
+
+
+def refuse(path: Path) -> NoReturn:
+    """Raise the ValueError that says how a file of a run is made again."""
+    raise ValueError(f"{path} is missing or damaged: run the cell that trains again, it will be made anew")
+
+
+def load_last(comparison: Comparison, run: Run, network: torch.nn.Module) -> None:
+    """Load the weights that a run ended with."""
+    content = io.BytesIO(read_result(comparison, run, "last.pt"))
+    network.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
+
+
 def read_table(comparison: Comparison, run: Run, name: str) -> pd.DataFrame:
     """Return a table that a finished run left behind; ValueError that names it where it was changed."""
-    path = comparison.folder(run) / name
-    noted = (read_json(path.with_name("done.json")) or {"files": {}})["files"].get(name)
-    whole = path.is_file() and sha256(path) == noted
-    require(whole, f"{path} is missing or damaged: run the cell that trains again, it will be made anew")
-    return pd.read_csv(path, dtype={"image": str}, keep_default_na=False)
+    content = io.BytesIO(read_result(comparison, run, name))
+    return pd.read_csv(content, dtype={"image": str}, keep_default_na=False)
 
 
 def collect(comparison: Comparison, control: bool, name: str) -> pd.DataFrame:
@@ -338,8 +365,11 @@ def average_testing(comparison: Comparison, variant: str) -> pd.DataFrame:
 
 
 def describe_runs(comparison: Comparison) -> dict[str, Any]:
-    """Return what made the results: settings, and of each run its machine, versions, speed and fallbacks."""
-    noted = [(run, read_json(comparison.folder(run) / "done.json") or {}) for run in comparison.runs]
+    """Return what made the results: settings, fallbacks, and of each run its machine, versions and speed.
+
+    made_with: {name: each way once}; each of the runs has the place of its own in these lists.
+    """
+    noted = [(run, read_note(comparison, run)) for run in comparison.runs]
     batch, weights = comparison.settings.batch_size, comparison.weights
     fallbacks = [
         f"{run}: memory ended, {done['part']} of {batch} slices at a time"
@@ -356,7 +386,7 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
     if weights.used == "none" != weights.requested:
         fallbacks.append(weights.note)
     return {
-        "settings": comparison.settings.model_dump(mode="json"),
+        "settings": comparison.settings.model_dump(mode="json", exclude={"threads"}),  # they are each run's
         "variants": comparison.variants,
         "initial_weights": asdict(weights),
         "made_with": made,
@@ -368,6 +398,7 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
                 "seed": comparison.seed(run),
                 "folder": comparison.folder(run).name,
                 "seconds": round(done["seconds"], 1),
+                **{name: ways.index(done[name]) for name, ways in made.items()},
             }
             for run, done in noted
         ],

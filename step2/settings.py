@@ -25,6 +25,8 @@ ModelName = Literal[
     "efficientnet-narrow",
 ]
 
+AFTERWARDS = " Then restart the kernel, which knows the old name still"
+
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {
         "model_name": "efficientnet-b7",
@@ -75,7 +77,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="any will do")
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     schedule: Literal["steps", "one cycle"]
-    rates: tuple[float, ...] = Field(description="learning rates: of equal parts, or the cycle's peak")
+    rates: tuple[float, ...] = Field(min_length=1, description="of equal parts, or the cycle's peak")
     weight_decay: float = Field(ge=0, description="of AdamW; 0 makes it Adam")
     label_smoothing: float = Field(ge=0, lt=1)
     rotation: float = Field(ge=0, le=180, description="augmentation: up to so many degrees either way")
@@ -119,10 +121,11 @@ def read_settings(given: Mapping[str, Any], gpus: int = 0, before: Iterable[str]
 
     given: parameters by name, None for the profile's; a notebook's whole namespace if `before` tells which
     of its names are older than the parameters. A name that is no parameter is refused: it may be misspelt.
+    Where the cell is run again, later cells have made names of their own, and only parameters are taken.
     """
     parameters = set(Settings.model_fields)
     if before is not None:
-        old = set(before)
+        old = set(given if isinstance(given.get("settings"), Settings) else before)
         given = {k: v for k, v in given.items() if k in parameters or (k not in old and k[0] != "_")}
     given = {name: value for name, value in given.items() if value is not None}
     profile = given.get("profile", "auto")
@@ -150,7 +153,7 @@ def _sentence(wrong: dict[str, Any]) -> str:
     if wrong["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, Settings.model_fields, n=1)
         advice = f"did you mean {near[0]}?" if near else f"choose of {', '.join(Settings.model_fields)}"
-        return f"{name} is no parameter of this notebook: {advice}"
+        return f"{name} is no parameter of this notebook: {advice}{AFTERWARDS * is_watched()}"
     if wrong["type"] == "path_type":
         return f"{name} = {wrong['input']!r}: set the path of a folder, as text"
     note = Settings.model_fields[name].description

@@ -44,7 +44,8 @@ def read_slices(data: Path) -> Slices:
     }
     train = train[blank == 0]
     require(len(train) > 0, f"{path} has no usable slice of TrainingData: put some there and {AGAIN}")
-    wrong = sorted(set(train["label"]) - set(CLASSES))
+    require((usable["image"] != "").all(), f"{path} has rows that are ok but name no image: {AGAIN}")
+    wrong = sorted((set(train["label"]) | set(test["label"]) - {""}) - set(CLASSES))
     require(not wrong, f"{path} has labels {wrong}: the classes are {', '.join(CLASSES)}")
     known = bool((train["patient"] != "").all())
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))

@@ -2,9 +2,10 @@
 
 import io
 import math
+import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from step2.files import read_sealed, write_atomically, write_sealed
+from step2.files import read_sealed, write_content, write_sealed
 from step2.network import (
     InitialWeights,
     batch_norm_momentum,
@@ -47,10 +48,14 @@ class Speed:
 
 
 class Trainer:
-    """A network and its optimizer on a device; part: slices at a time, halved when memory ends."""
+    """A network and its optimizer on a device.
+
+    part: slices at a time, halved when memory ends. best: weights of the epoch with the lowest held-out loss.
+    """
 
     def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device):
         self.recipe, self.part, self.device = recipe, speed.part, device
+        self.best: dict[str, torch.Tensor] = {}
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.network = build_network(recipe, momentum).to(device, memory_format=self.layout)
         decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
@@ -101,8 +106,11 @@ def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, r
             trainer.scaler.update()
             return done
         except RuntimeError as err:
-            if not out_of_memory(err) or trainer.part == 1:
+            if not out_of_memory(err):
                 raise
+            if trainer.part == 1:
+                advice = "lower image_size, workers or processes, or choose a smaller model_name"
+                raise RuntimeError(f"memory ended with one slice at a time ({err}): {advice}") from err
         trainer.part = math.ceil(trainer.part / 2)
         release_memory(trainer.device)
 
@@ -175,7 +183,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     """Train to the last epoch, from the checkpoint if there is one; return the trainer and its history.
 
     Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
-    are kept as well (best.pt), but no number uses them: an epoch chosen by the slices it is judged on
+    are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
     flatters.
     """
     settings, size = run.settings, run.settings.batch_size
@@ -189,13 +197,14 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
     for epoch in range(len(history), settings.epochs):
-        row = train_epoch(trainer, loader, truth, epoch, tell) | {"val_loss": None, "val_accuracy": None}
-        if is_judged(epoch, settings.epochs):
-            found = predict(trainer, judge)
+        with loaders_explained():
+            row = train_epoch(trainer, loader, truth, epoch, tell) | {"val_loss": None, "val_accuracy": None}
+            found = predict(trainer, judge) if is_judged(epoch, settings.epochs) else None
+        if found is not None:
             row["val_loss"] = log_loss(found, answers)
             row["val_accuracy"] = float((found.argmax(1) == answers).mean())
             if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
-                save_weights(run.folder / "best.pt", trainer.network)
+                trainer.best = half_weights(trainer.network)
         history.append(row)
         save_checkpoint(run.folder / "checkpoint.pt", trainer, history)
     return trainer, history
@@ -205,6 +214,18 @@ def is_judged(epoch: int, epochs: int) -> bool:
     """Tell whether the held-out slices are predicted after an epoch, 0 to epochs - 1: for the curves, so a
     tenth of the time of short epochs need not go there. The last one always is."""
     return (epochs - 1 - epoch) % max(1, epochs // CURVE_POINTS) == 0
+
+
+@contextmanager
+def loaders_explained() -> Iterator[None]:
+    """Say what to do where the system kills a process that loads pictures."""
+    try:
+        yield
+    except RuntimeError as err:
+        if not re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(err)):
+            raise
+        advice = "most often for want of memory: lower workers, processes or image_size, and run again"
+        raise RuntimeError(f"the system killed a process that loads pictures, {advice} ({err})") from err
 
 
 def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
@@ -223,6 +244,7 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
         "random": torch.get_rng_state(),
         "random_device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
         "history": history,
+        "best": trainer.best,
         "part": trainer.part,
     }
     buffer = io.BytesIO()
@@ -245,13 +267,18 @@ def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
     torch.set_rng_state(content["random"])
     if content["random_device"] is not None and trainer.device.type != "cpu":
         torch.get_device_module(trainer.device).set_rng_state(content["random_device"])
-    trainer.part = content["part"]
+    trainer.part, trainer.best = content["part"], content["best"]
     return content["history"]
 
 
-def save_weights(path: Path, network: torch.nn.Module) -> None:
-    """Write weights for later use: convolutions as float16, which halves the file; the rest as it is."""
-    state = {key: value.half() if value.ndim > 1 else value for key, value in network.state_dict().items()}
+def half_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights for later use: convolutions as float16, half the size; the rest as is."""
+    kept = {key: value.half() if value.ndim > 1 else value for key, value in network.state_dict().items()}
+    return {key: value.to("cpu", copy=True) for key, value in kept.items()}
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights, atomically."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, lambda p: p.write_bytes(buffer.getvalue()))
+    torch.save(weights, buffer)
+    write_content(path, buffer.getvalue())

@@ -161,6 +161,15 @@ def test_worker_that_the_system_keeps_killing_is_explained():
         engine.result_of(Killed(), Run("1_ROI", 1, 1))
 
 
+def test_workers_that_do_not_start_are_explained(data, tmp_path, monkeypatch):
+    def killed(*args, **options):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(engine, "SpecCluster", killed)
+    with pytest.raises(RuntimeError, match=r"could not be started .*for want of memory: lower processes, "):
+        engine.train_all(make_comparison_for(data, tmp_path, processes=2))
+
+
 # ---------------------------------------- a cluster that is there
 
 

@@ -81,6 +81,13 @@ def test_learning_curves_say_who_is_still_learning_and_skip_epochs_without_a_loo
     plt.close(figure)
 
 
+def test_no_variant_has_the_baselines_colour():
+    names = [*ALL_VARIANTS, *(f"{n}_More" for n in range(7, 40))]
+    colors = figures.variant_colors(names)
+    assert [name for name in names if colors[name] == colors[ALL_VARIANTS[0]]] == [ALL_VARIANTS[0]]
+    assert len({colors[name] for name in names[:15]}) == 15
+
+
 # ---------------------------------------- titles and captions
 
 

@@ -12,6 +12,7 @@ from step2_helpers import SIZE, make_settings
 from step2.network import (
     batch_norm_momentum,
     build_network,
+    download_imagenet,
     learning_rate,
     load_initial,
     load_tensors,
@@ -143,9 +144,10 @@ def test_weights_for_another_network_are_refused(given, results, tmp_path):
 )
 def test_file_that_holds_no_weights_is_refused(results, tmp_path, write, sentence):
     write(tmp_path / "wrong.pt")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
         settle(results, tmp_path / "wrong.pt")
-    assert not list(results.iterdir())
+    assert not list(results.iterdir()) and (tmp_path / "wrong.pt").is_file()
+    assert "delete" not in str(caught.value)  # it is the user's own
 
 
 def test_weights_with_code_in_them_are_refused_and_not_run(tmp_path):
@@ -207,6 +209,25 @@ def test_damaged_note_of_what_was_settled_is_made_again(results, no_network):
     (note,) = results.iterdir()
     note.write_text("{")
     assert settle(results, "auto") == first
+
+
+def test_damaged_download_is_fetched_again(tmp_path, monkeypatch):
+    whole, fetched = b"weights", []
+    name = f"b0-{hashlib.sha256(whole).hexdigest()[:8]}.pth"
+
+    def fetch(url, path, **_):
+        fetched.append(url)
+        Path(path).write_bytes(whole)
+
+    monkeypatch.setattr("step2.network.url_map", {"efficientnet-b0": f"https://nowhere.invalid/{name}"})
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    path = download_imagenet("efficientnet-b0")
+    assert (
+        download_imagenet("efficientnet-b0") == path == tmp_path / "checkpoints" / name and len(fetched) == 1
+    )
+    path.write_bytes(b"weight")
+    assert download_imagenet("efficientnet-b0").read_bytes() == whole and len(fetched) == 2
 
 
 def test_narrow_network_has_no_imagenet_weights(results):

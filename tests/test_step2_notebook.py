@@ -1,6 +1,7 @@
 """The notebook, whole: run with papermill, in two processes, on tiny pictures and with an eighth variant."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_notebook_is_short_enough_to_step_through(notebook):
 
 def test_notebook_defines_no_function_and_shows_its_headline_figure(notebook):
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    assert "def " not in code and "class " not in code
+    assert not re.search(r"^\s*(def|class) ", code, re.MULTILINE)
     assert "forest.png" in notebook.cells[0].attachments
 
 
@@ -76,6 +77,19 @@ def test_committed_notebook_was_run_whole(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
+
+
+def test_no_text_counts_the_comparisons(notebook):
+    """One more line in Step 1's table is one more comparison."""
+    texts = [cell.source for cell in notebook.cells]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "step2").glob("*.py")]
+    found = re.findall(r"\b(?:six|seven|6|7) (?:primary|contrasts|comparisons)", "\n".join(texts))
+    assert not found
+
+
+def test_papermill_command_of_the_readme_has_its_output_folder():
+    command = re.search(r"papermill \S+ (\S+)/run\.ipynb", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert command and (ROOT / command[1] / ".gitignore").is_file()  # the one tracked file in it
 
 
 # ---------------------------------------- a whole run
@@ -135,6 +149,7 @@ def test_eighth_variant_by_one_line_is_in_every_table_and_figure(whole):
     results, _ = whole
     contrasts = pd.read_csv(results / "contrasts.csv").set_index("contrast")
     assert contrasts.loc[EIGHTH, "kind"] == "primary"
+    assert (contrasts["kind"] == "primary").sum() == len(VARIANTS) - 1
     assert contrasts.loc["effect of bilateral", ["a", "b"]].tolist() == [EIGHTH, "1_ROI"]
     for name in ("oof_predictions", "metrics", "history"):
         assert EIGHTH in set(pd.read_csv(results / f"{name}.csv")["variant"]), name
@@ -189,3 +204,4 @@ def test_misspelt_parameter_is_refused_with_the_right_name(project):
 def test_notebook_away_from_its_modules_says_what_to_do(tmp_path):
     said = sentence_of(tmp_path)
     assert said.startswith("ModuleNotFoundError") and "start it in the folder of the clone" in said
+    assert str(tmp_path) in said

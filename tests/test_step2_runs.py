@@ -2,15 +2,20 @@
 
 import errno
 import json
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from step2_helpers import SIZE, make_comparison_for, write_pictures
 
 from step2 import engine, files, runs, training
+from step2.explain import draw_cams
 from step2.report import Report, make_caption
 from step2.runs import Run, collect_predictions
 from step2.slices import read_slices
@@ -156,10 +161,10 @@ def damaged(path: Path, how: str) -> None:
         place = len(content) // 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
-        path.write_bytes({"empty": b"", "braces": b"{}"}[how])
+        path.write_bytes({"empty": b"", "braces": b"{}", "wrong types": b'{"files": 1, "sha256": []}'}[how])
 
 
-@pytest.mark.parametrize("how", ["cut at a line end", "empty", "braces", "delete", "flip"])
+@pytest.mark.parametrize("how", ["cut at a line end", "empty", "braces", "wrong types", "delete", "flip"])
 @pytest.mark.parametrize("name", ["predictions.csv", "history.csv", "last.pt", "done.json", "testing-*.csv"])
 def test_damaged_result_is_noticed_and_made_again(data, tmp_path, capsys, name, how):
     expected = train(data, tmp_path / "r")
@@ -177,22 +182,55 @@ def test_damaged_result_is_noticed_and_made_again(data, tmp_path, capsys, name, 
     assert "damaged" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["empty", "flip", "braces"])
-def test_damaged_checkpoint_starts_the_run_again(data, tmp_path, monkeypatch, capsys, how):
-    expected, train_epoch = train(data, tmp_path / "whole"), training.train_epoch
+def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) -> Path:
+    """Interrupt a run in its second epoch and return its checkpoint."""
+    train_epoch = training.train_epoch
 
-    def stop_at_the_second(trainer, loader, truth, epoch, tell):
+    def stop(trainer, loader, truth, epoch, tell):
         if epoch:
             raise KeyboardInterrupt
         return train_epoch(trainer, loader, truth, epoch, tell)
 
-    monkeypatch.setattr(training, "train_epoch", stop_at_the_second)
+    monkeypatch.setattr(training, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(data, tmp_path / "r")
+        train(data, results, **given)
     monkeypatch.undo()
-    damaged(only_folder(tmp_path / "r") / "checkpoint.pt", how)
+    return only_folder(results) / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("how", ["empty", "flip", "braces"])
+def test_damaged_checkpoint_starts_the_run_again(data, tmp_path, monkeypatch, capsys, how):
+    expected = train(data, tmp_path / "whole")
+    damaged(stop_in_the_second_epoch(monkeypatch, data, tmp_path / "r"), how)
     pd.testing.assert_frame_equal(train(data, tmp_path / "r"), expected)
     assert "checkpoint.pt is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"variants": ("0_Dicom2PNG",)}, {"model_name": "efficientnet-b0"}])
+def test_checkpoint_of_another_run_is_not_gone_on_from(data, tmp_path, monkeypatch, capsys, other):
+    expected = train(data, tmp_path / "whole")
+    own = stop_in_the_second_epoch(monkeypatch, data, tmp_path / "r")
+    foreign = stop_in_the_second_epoch(monkeypatch, data, tmp_path / "other", **other)
+    own.write_bytes(foreign.read_bytes())
+    pd.testing.assert_frame_equal(train(data, tmp_path / "r"), expected)
+    assert "checkpoint.pt is damaged: this run starts again" in capsys.readouterr().out
+
+
+def test_files_of_another_run_are_not_taken_for_a_runs_own(data, tmp_path, capsys):
+    """All files of the run of one variant lie in the folder of another one's, whole and sealed."""
+    expected = train(data, tmp_path / "r")
+    train(data, tmp_path / "other", ("0_Dicom2PNG",))
+    shutil.copytree(only_folder(tmp_path / "other"), only_folder(tmp_path / "r"), dirs_exist_ok=True)
+    pd.testing.assert_frame_equal(train(data, tmp_path / "r"), expected)
+    assert "done.json is damaged: this run is trained again" in capsys.readouterr().out
+
+
+def test_best_weights_of_an_interrupted_run_are_those_of_an_unbroken_one(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "whole")
+    stop_in_the_second_epoch(monkeypatch, data, tmp_path / "r")
+    train(data, tmp_path / "r")
+    whole, best = (torch.load(only_folder(tmp_path / name) / "best.pt") for name in ("whole", "r"))
+    assert whole.keys() == best.keys() and all(torch.equal(whole[key], best[key]) for key in whole)
 
 
 def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
@@ -203,9 +241,27 @@ def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
         collect_predictions(comparison)
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("done.json", runs.describe_runs),
+        ("last.pt", lambda comparison: draw_cams(comparison, collect_predictions(comparison))),
+        ("testing-*.csv", lambda comparison: runs.average_testing(comparison, "1_ROI")),
+        ("history.csv", runs.collect_history),
+    ],
+)
+def test_whatever_is_read_of_a_run_is_checked(data, tmp_path, name, read):
+    comparison = make_comparison_for(data, tmp_path / "r", ("1_ROI",), folds=1, epochs=1)
+    engine.train_all(comparison)
+    (path,) = only_folder(tmp_path / "r").glob(name)
+    damaged(path, "flip")
+    with pytest.raises(ValueError, match=rf"{path.name} is missing or damaged: run the cell that trains"):
+        read(comparison)
+
+
 def test_unfinished_comparison_gives_no_table(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path / "r")
-    with pytest.raises(ValueError, match=r"predictions\.csv is missing or damaged: run the cell that trains"):
+    with pytest.raises(ValueError, match=r"done\.json is missing or damaged: run the cell that trains"):
         collect_predictions(comparison)
 
 
@@ -218,6 +274,44 @@ def test_results_of_another_comparison_move_to_a_dated_folder(tmp_path):
     Report(tmp_path, "caption", True, "second comparison")
     assert not (tmp_path / "contrasts.csv").exists() and (tmp_path / "my own notes.csv").is_file()
     assert [p.name for p in tmp_path.glob("earlier-*/*")] == ["contrasts.csv"]
+
+
+@pytest.mark.parametrize("how", ["delete", "flip", "braces"])
+def test_tables_that_nothing_tells_the_origin_of_move_too(tmp_path, how):
+    (tmp_path / "runs").mkdir()
+    Report(tmp_path, "caption", True, "first comparison").csv(pd.DataFrame({"a": [1]}), "contrasts.csv")
+    (tmp_path / "my own notes.txt").write_text("kept")
+    damaged(tmp_path / "written.json", how)
+    Report(tmp_path, "caption", True, "second comparison")
+    assert not (tmp_path / "contrasts.csv").exists() and (tmp_path / "my own notes.txt").is_file()
+    assert [p.name for p in tmp_path.glob("earlier-*/*")] == ["contrasts.csv"]
+
+
+def test_files_in_a_folder_that_no_comparison_has_used_stay(tmp_path):
+    (tmp_path / "my.csv").touch()
+    Report(tmp_path, "caption", True, "first comparison")
+    assert (tmp_path / "my.csv").is_file()
+
+
+def test_move_that_was_killed_is_finished_at_the_next_start(tmp_path, monkeypatch):
+    first = Report(tmp_path, "caption", True, "first comparison")
+    for name in ("contrasts.csv", "metrics.csv"):
+        first.csv(pd.DataFrame({"a": [1]}), name)
+    replace, moved = Path.replace, []
+
+    def kill(path, target):
+        if path.name == "metrics.csv":
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        Report(tmp_path, "caption", True, "second comparison")
+    monkeypatch.undo()
+    Report(tmp_path, "caption", True, "second comparison")
+    assert "contrasts.csv" in moved
+    assert sorted(p.name for p in tmp_path.glob("earlier-*/*")) == ["contrasts.csv", "metrics.csv"]
 
 
 def test_titles_of_a_single_split_say_what_was_tested(data, tmp_path):
@@ -241,6 +335,14 @@ def test_what_made_a_run_is_stored_with_the_run(data, tmp_path, monkeypatch):
     json.dumps(facts)
 
 
+def test_each_run_says_what_made_it(data, tmp_path):
+    for variants, threads in ((("1_ROI",), 2), (("0_Dicom2PNG", "1_ROI"), 1)):
+        train(data, tmp_path / "r", variants, threads=threads)
+    facts = runs.describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
+    threads = {run["variant"]: facts["made_with"]["threads"][run["threads"]] for run in facts["runs"]}
+    assert threads == {"0_Dicom2PNG": 1, "1_ROI": 2} and "threads" not in facts["settings"]
+
+
 # ---------------------------------------- the disk and the folder
 
 
@@ -255,12 +357,33 @@ def test_full_disk_is_said_and_leaves_nothing_half_done(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_full_disk_says_how_much_is_needed_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 1")
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        write_bytes(path, content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"\(it needs 39, [\d,]+ bytes are free\): free some space there"):
+        files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 2")
+    assert files.read_sealed(tmp_path / "checkpoint.pt") == b"epoch 1" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_leftovers_of_a_killed_notebook_are_removed_at_the_next_start(tmp_path):
     leftover = tmp_path / "runs/1_ROI/repeat1_fold1-0/.checkpoint.pt.host.1.tmp"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     files.lock_results(tmp_path)
     assert not leftover.exists()
+
+
+def test_process_number_of_a_gone_notebook_that_lives_again_holds_nothing(tmp_path):
+    """As in a container that was started again: who holds the folder is told by its lock alone."""
+    files.write_json(tmp_path / ".owner.json", {"pid": os.getppid(), "host": socket.gethostname()})
+    (tmp_path / ".lock").touch()
+    files.lock_results(tmp_path).release()
 
 
 def test_results_that_is_a_file_gets_a_sentence(tmp_path):

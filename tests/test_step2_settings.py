@@ -40,6 +40,10 @@ def data(tmp_path_factory):
         ({"profile": 1}, "^profile = 1: choose of auto, full, quick$"),
         ({"control_run": "false"}, "^control_run = 'false': should be a valid boolean$"),
         ({"cluster": "nowhere"}, r"^cluster = 'nowhere': should match pattern .*tcp://scheduler:8786"),
+        ({"data": 5}, "^data = 5: set the path of a folder, as text$"),
+        ({"results": 5}, "^results = 5: set the path of a folder, as text$"),
+        ({"dataset": 5}, "^dataset = 5: should be a valid string$"),
+        ({"weights": 5}, r"^weights = 5: should be a valid string \(imagenet, none, auto, or a file\)$"),
         ({"epoch": 3}, r"^epoch is no parameter of this notebook: did you mean epochs\?$"),
         ({"quux": 3}, "^quux is no parameter of this notebook: choose of model_name, image_size, "),
     ],
@@ -78,6 +82,13 @@ def test_names_that_are_older_than_the_parameters_are_no_parameters():
     assert read_settings(namespace, before=["pd", "epoch"]).epochs == 3
     with pytest.raises(ValueError, match=r"epoch is no parameter .* did you mean epochs\?"):
         read_settings(namespace, before=["pd"])
+
+
+def test_cell_that_reads_the_parameters_can_be_run_again():
+    """By then later cells have made names, and one of them may look like a misspelt parameter."""
+    namespace = {"epochs": 3, "profile": "quick"}
+    namespace |= {"settings": read_settings(namespace, before=[]), "batches": 1, "epochs": 4}
+    assert read_settings(namespace, before=[]).epochs == 4
 
 
 # ---------------------------------------- variants

@@ -64,6 +64,23 @@ def test_unknown_class_is_named(manifest, tmp_path):
         read_instead(tmp_path, manifest)
 
 
+def test_unknown_class_of_a_testing_slice_is_named(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", "label"] = "stroke"
+    with pytest.raises(ValueError, match=r"manifest\.csv has labels \['stroke'\]: the classes are healthy, "):
+        read_instead(tmp_path, manifest)
+
+
+def test_testing_slices_may_have_no_label(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", "label"] = ""
+    assert len(read_instead(tmp_path, manifest).testing) == 3
+
+
+def test_usable_row_without_an_image_is_refused(manifest, tmp_path):
+    manifest.loc[5, "image"] = ""
+    with pytest.raises(ValueError, match=r"manifest\.csv has rows that are ok but name no image: run Step1"):
+        read_instead(tmp_path, manifest)
+
+
 def test_byte_order_mark_and_windows_line_ends_are_fine(manifest, tmp_path):
     expected = read_slices(tmp_path)
     text = manifest.to_csv(index=False, lineterminator="\r\n")

@@ -14,9 +14,13 @@ from step2.files import write_sealed
 from step2.runs import Run
 from step2.speed import choose_precision, choose_speed, measure_speed, what_fits
 from step2.training import (
+    CURVE_POINTS,
     Speed,
     Trainer,
+    half_weights,
+    is_judged,
     load_checkpoint,
+    loaders_explained,
     log_loss,
     save_checkpoint,
     save_weights,
@@ -80,6 +84,46 @@ def test_error_that_smaller_parts_do_not_cure_is_raised(message):
     trainer.forward = fail
     with pytest.raises(RuntimeError, match=message):
         train_step(trainer, *some_batch(), 1e-3)
+
+
+def test_memory_that_ends_for_a_single_slice_is_explained():
+    trainer = make_trainer(part=1)
+
+    def fail(pictures: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.forward = fail
+    with pytest.raises(RuntimeError, match=r"memory ended with one slice at a time .*: lower image_size"):
+        train_step(trainer, *some_batch(), 1e-3)
+
+
+@pytest.mark.parametrize("end", ["is killed by signal: Killed. ", "exited unexpectedly"])
+def test_loading_process_that_the_system_kills_is_explained(end):
+    explained = pytest.raises(RuntimeError, match=r"for want of memory: lower workers, processes or")
+    with explained, loaders_explained():
+        raise RuntimeError(f"DataLoader worker (pid(s) 123) {end}")
+
+
+def test_error_of_a_loading_process_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in"), loaders_explained():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+
+
+def test_step_returns_loss_and_share_right():
+    trainer, (pictures, labels) = make_trainer(), some_batch()
+    trainer.network.eval()  # for what the step sees before it learns
+    with torch.inference_mode():
+        expected = (trainer.network(trainer.to_device(pictures)).argmax(1) == labels).float().mean()
+    trainer.network.train = lambda mode=True: trainer.network  # stays as it is
+    loss, right = train_step(trainer, pictures, labels, 1e-3).tolist()
+    assert right == pytest.approx(float(expected)) and loss > 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 34, 70, 100, 101])
+def test_held_out_slices_are_judged_often_enough_and_always_at_the_end(epochs):
+    judged = [epoch for epoch in range(epochs) if is_judged(epoch, epochs)]
+    assert judged[-1] == epochs - 1
+    assert len(judged) >= min(epochs, CURVE_POINTS)
 
 
 def test_log_loss_by_hand():
@@ -210,7 +254,7 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
 
 def test_kept_weights_are_halved_and_can_be_loaded(tmp_path):
     trainer, other = make_trainer(), make_trainer()
-    save_weights(tmp_path / "last.pt", trainer.network)
+    save_weights(tmp_path / "last.pt", half_weights(trainer.network))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["1.weight"].dtype, state["1.bias"].dtype) == (torch.float16, torch.float32)
     other.network.load_state_dict(state)
