@@ -309,10 +309,8 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
             look = {"cmap": "RdBu", "vmin": -60, "vmax": 60}
         axis.imshow(percent, **look)
         for (y, x), value in np.ndenumerate(count):
-            dark = percent[y, x] > 55 or "minus" in name
-            axis.text(
-                x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=("white", "black")[dark]
-            )
+            color = "black" if percent[y, x] > 55 or "minus" in name else "white"
+            axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
         axis.set_title(name, size=9)
         axis.set_xticks(range(len(CLASSES)), SHORT.values(), rotation=45, size=8)
         axis.set_yticks(range(len(CLASSES)), SHORT.values(), size=8)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER, sum_by_patient
@@ -128,11 +127,14 @@ def exact_mcnemar(predictions: pd.DataFrame, a: str, b: str) -> float:
     return float(mcnemar(table, exact=True).pvalue)
 
 
-def holm(p_values: pd.Series) -> np.ndarray:
-    """Return Holm's adjusted p of one family; NaN, not estimable, counts as p = 1 and stays NaN."""
-    p_values = np.asarray(p_values, float)
-    adjusted = multipletests(np.nan_to_num(p_values, nan=1.0), method="holm")[1]
-    return np.where(np.isnan(p_values), np.nan, adjusted)
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Return Holm's adjusted p (1979) of one family; NaN, not estimable, counts as p = 1 and stays NaN."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(np.nan_to_num(p, nan=1.0))
+    adjusted = np.empty(len(p))
+    steps = np.arange(len(p), 0, -1) * np.nan_to_num(p, nan=1.0)[order]
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return np.where(np.isnan(p), np.nan, adjusted)
 
 
 def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
