@@ -26,12 +26,12 @@ def patient_ids(predictions: pd.DataFrame) -> pd.Series:
     return patient.where(patient != "", "image " + predictions["image"].astype("string")).astype(str)
 
 
-def sum_by_patient(values: np.ndarray, codes: np.ndarray, count: int | None = None) -> np.ndarray:
+def sum_by_patient(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Return the sums of values (images, ...) over each patient's images, float (patients, ...).
 
     codes: int (images,), the patient's number, 0 and up.
     """
-    sums = np.zeros((codes.max() + 1 if count is None else count, *values.shape[1:]))
+    sums = np.zeros((codes.max() + 1 if len(codes) else 0, *values.shape[1:]))
     np.add.at(sums, codes, values)
     return sums
 

@@ -17,7 +17,7 @@ SIZED_FILES = 300  # whose size is looked up
 
 def cost_table(data: Path, raw_data: Path, predictions: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each variant, a column for each cost; without raw slices, none for preprocessing."""
-    variants = list(dict.fromkeys(predictions["variant"]))
+    variants = list(predictions["variant"].unique())
     costs = {
         "preprocessing, ms a slice": preprocessing_times(raw_data, variants),
         "training, minutes a fold": training_minutes(history),

@@ -209,7 +209,7 @@ def train_on(client: Client, comparison: Comparison, waiting: list[Run], progres
                 advice = again if comparison.settings.cluster else FOR_MEMORY
                 raise RuntimeError(f"{lost} for {PATIENCE_S} s, {advice}")
             progress.show()
-            time.sleep(0.2)
+            time.sleep(0.5)  # more often would take a tenth of a core from the training
     finally:
         client.unsubscribe_topic(TOPIC)
         if futures and client.status == "running":

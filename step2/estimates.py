@@ -171,7 +171,7 @@ def paired_correctness(predictions: pd.DataFrame) -> tuple[pd.DataFrame, Cells]:
         raise ValueError(
             f"{twice['image']} of {twice['variant']} was predicted twice in repeat {twice['repeat']}"
         )
-    table = rows.pivot(index=keys, columns="variant", values="correct")[list(dict.fromkeys(rows["variant"]))]
+    table = rows.pivot(index=keys, columns="variant", values="correct")[list(rows["variant"].unique())]
     if table.isna().any(axis=None):
         repeat, image, variant = table.isna().stack().idxmax()
         raise ValueError(
@@ -189,11 +189,15 @@ def mean_estimates(
     """Return the estimates of a mean over rows. values: float (rows, k), such as 1 for right, 0 for wrong."""
     count, places = cells.patients, cells.shape[0] * cells.shape[1]
     both = np.column_stack([values, np.ones(len(values))])
-    sums = [sum_by_patient(both[cells.cell == c], cells.codes[cells.cell == c], count) for c in range(places)]
+    sums = []
+    for place in range(places):
+        inside = cells.cell == place
+        members, codes = np.unique(cells.codes[inside], return_inverse=True)
+        sums.append((members, sum_by_patient(both[inside], codes)))
     shape = (-1, len(names) + 1, *cells.shape)
 
     def quotient(weights: np.ndarray) -> np.ndarray:
-        found = np.stack([weights @ of_cell for of_cell in sums], axis=-1).reshape(shape)
+        found = np.stack([weights[:, members] @ of_cell for members, of_cell in sums], axis=-1).reshape(shape)
         counts = np.broadcast_to(found[:, -1:], found[:, :-1].shape)
         return np.stack([found[:, :-1], counts], axis=1)
 

@@ -239,7 +239,7 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
 
     best: variants that may be the best; their markers are filled, the others' hollow.
     """
-    names = list(dict.fromkeys(predictions["variant"]))
+    names = list(predictions["variant"].unique())
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(names)))
     colors = variant_colors(names)
     figure.subplots_adjust(left=0.28, right=0.78, bottom=0.62 / figure.get_figheight(), top=0.98)
@@ -272,7 +272,7 @@ def draw_sensitivities(
     predictions: pd.DataFrame, metrics: pd.DataFrame, patient_level: bool = True
 ) -> plt.Figure:
     """Return a heat map of sensitivity in %, variants by classes."""
-    names, counts = list(dict.fromkeys(predictions["variant"])), patient_counts(predictions)
+    names, counts = list(predictions["variant"].unique()), patient_counts(predictions)
     figure, axis = plt.subplots(figsize=(11, 1.3 + 0.5 * len(names)), layout="constrained")
     cells = [[metric_of(metrics, name, f"sensitivity_{c}") for c in CLASSES] for name in names]
     image = axis.imshow(100 * np.array(cells)[..., 0], cmap="cividis", vmin=0, vmax=100, aspect="auto")
@@ -323,7 +323,7 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
 
     shown: the variants whose curves are drawn.
     """
-    names = list(dict.fromkeys(predictions["variant"]))
+    names = list(predictions["variant"].unique())
     figure, (auc, roc) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     colors = variant_colors(names)
     for y, name in enumerate(names):

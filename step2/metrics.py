@@ -193,7 +193,7 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
 
     Scores of two networks share no scale, so slices are ranked within one repeat and fold only.
     """
-    names = list(dict.fromkeys(rows["variant"]))
+    names = list(rows["variant"].unique())
     where = find_cells(rows)
     score, bleed = 1 - rows["p_healthy"].to_numpy(float), (rows["label"] != "healthy").to_numpy()
     variant = rows["variant"].map(names.index).to_numpy()

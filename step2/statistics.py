@@ -81,7 +81,7 @@ def all_contrasts(
     predictions: pd.DataFrame, control: pd.DataFrame | None
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     """Return the declared contrasts and the predictions they need; a control is a variant of its own there."""
-    declared, rows = declared_contrasts(list(dict.fromkeys(predictions["variant"]))), predictions
+    declared, rows = declared_contrasts(list(predictions["variant"].unique())), predictions
     if control is not None and len(control):
         variant = control["variant"].iloc[0]
         again = f"{variant}, other seed"
@@ -150,7 +150,7 @@ def pair_table(
     Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's pairs having one effect; NaN for
     a single pair). Exploratory: nothing corrects for their number.
     """
-    pairs = step_pairs(list(dict.fromkeys(predictions["variant"])))
+    pairs = step_pairs(list(predictions["variant"].unique()))
     correct, cells = paired_correctness(all_contrasts(predictions, control)[1])
     found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
     rows = []
@@ -176,7 +176,7 @@ def best_set(
     a variant minus the best other one, with 95 % simultaneous intervals, so that the set holds the truly best
     variant in 95 % of such studies. The control only helps to know the training noise.
     """
-    variants = list(dict.fromkeys(predictions["variant"]))
+    variants = list(predictions["variant"].unique())
     _, rows = all_contrasts(predictions, control)
     correct, cells = paired_correctness(rows)
     found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)

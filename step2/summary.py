@@ -101,7 +101,7 @@ def accuracy_lines(
     heads = ["variant", "accuracy, % (95 % CI)", "may be best", "AUC, any hemorrhage (95 % CI)"]
     lines = ["| " + " | ".join(heads + (["TestingData, % (95 % CI)"] if tested is not None else [])) + " |"]
     lines.append("|---" * (len(heads) + (tested is not None)) + "|")
-    for name in dict.fromkeys(metrics["variant"]):
+    for name in metrics["variant"].unique():
         accuracy = with_interval(*metric_of(metrics, name, "accuracy"))
         auc = with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2)
         cells = [name, accuracy, "yes" if name in may else "", auc]
