@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -434,6 +435,7 @@ def children(pid):
 
 
 def start(raw, output="out", new_session=False):
+    """Start Step 1, with Ctrl-C as in a terminal, even where these tests run with it ignored (nohup)."""
     command = [
         sys.executable,
         str(SCRIPT),
@@ -445,7 +447,14 @@ def start(raw, output="out", new_session=False):
         "2",
     ]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=new_session)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=new_session,
+        preexec_fn=None if os.name == "nt" else partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_png(folder):
