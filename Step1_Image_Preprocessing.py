@@ -391,11 +391,17 @@ def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
 
 
 def check_pixel_size(ds: Dataset) -> None:
-    """Raise UnsuitableFile where PixelData is not of the size that the header says."""
+    """Raise UnsuitableFile where PixelData is not of the size that the header says.
+
+    Some archives append bytes to uncompressed pixels: as in viewers, they do no harm, but a warning tells.
+    """
     syntax, expected = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1)
     if not syntax.is_encapsulated:
         length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
-        if length not in (right, right + right % 2):
+        if length > right + right % 2:
+            warnings.warn(f"PixelData (7FE0,0010) is {length - right} bytes too long, cut off", stacklevel=2)
+            ds.PixelData = ds.PixelData[: right + right % 2]
+        if length < right:
             raise UnsuitableFile(
                 f"PixelData (7FE0,0010) has {length} bytes, Rows x Columns x BitsAllocated make {right}: "
                 "truncated or damaged, export it again"
