@@ -96,11 +96,13 @@ AIR_HU = -1000.0  # what pixel padding becomes
 TISSUE_HU = -200  # fat and skin lie above, foam and cushions below
 HARD_HU = 120  # plastic and carbon of head holders lie above, skin of ears and noses below
 WALL_LENGTH = 16 / 512  # a head holder's wall is longer than this
-WALL_MAX_HU = 600  # and nowhere denser; the walls of nose and sinuses are
+WALL_MAX_HU = 600  # and nowhere denser; bone is, the walls of nose and sinuses too
 WALL_EDGE_PIXELS = 2  # a holder's edge looks like soft tissue by partial volume
 CORE_RADIUS = 8 / 512  # of the image's width: thinner things (holder, cables, ears) are no part of the core
+BONE_GAP = 12 / 512  # air cells, sutures and canals part bones by less, skin parts those of a hand by more
 CORE_MARGIN = 3 / 512  # the core grows back by this much more, to meet the skin again
-EAR_REACH = 80 / 512  # ears and noses end within this distance of the core, cushions go on
+OTHER_AREA = 40**2 / 512**2  # of the image's; what is thick and not joined by bone is smaller in a nose
+EAR_REACH = 80 / 512  # ears and noses end within this distance of core and skull, cushions go on
 CLOSE_RADIUS = 25 / 512  # nostrils and ear canals are narrower than twice this
 BLANK_FRACTION = 0.01  # a slice with less of its area above 0 HU in the head is air over the vertex
 
@@ -389,11 +391,17 @@ def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
 
 
 def check_pixel_size(ds: Dataset) -> None:
-    """Raise UnsuitableFile where PixelData is not of the size that the header says."""
+    """Raise UnsuitableFile where PixelData is not of the size that the header says.
+
+    Some archives append bytes to uncompressed pixels: as in viewers, they do no harm, but a warning tells.
+    """
     syntax, expected = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1)
     if not syntax.is_encapsulated:
         length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
-        if length not in (right, right + right % 2):
+        if length > right + right % 2:
+            warnings.warn(f"PixelData (7FE0,0010) is {length - right} bytes too long, cut off", stacklevel=2)
+            ds.PixelData = ds.PixelData[: right + right % 2]
+        if length < right:
             raise UnsuitableFile(
                 f"PixelData (7FE0,0010) has {length} bytes, Rows x Columns x BitsAllocated make {right}: "
                 "truncated or damaged, export it again"
@@ -580,14 +588,39 @@ def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
     return found
 
 
-def holder_walls(hu: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Return the hard pieces that are long, nowhere as dense as bone and partly outside: a holder's walls."""
+def hard_pieces(hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hard pieces as labels (0 = none), and for each label whether it is bone, dense somewhere."""
     labels, count = pieces(hu > HARD_HU)
-    walls = found_in(labels, count, outside) & ~found_in(labels, count, hu >= WALL_MAX_HU)
-    for label in np.flatnonzero(walls):
-        _, _, width, height = cv2.boundingRect((labels == label).astype(np.uint8))
-        walls[label] = max(width, height) > WALL_LENGTH * min(hu.shape)
-    return walls.take(labels)
+    return labels, found_in(labels, count, hu >= WALL_MAX_HU)
+
+
+def holder_walls(labels: np.ndarray, bony: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Return the hard pieces that are long, no bone and partly outside, bool: a holder's walls."""
+    walls = np.zeros(labels.shape, bool)
+    for label in np.flatnonzero(found_in(labels, len(bony), outside) & ~bony):
+        piece = labels == label
+        _, _, width, height = cv2.boundingRect(piece.astype(np.uint8))
+        if max(width, height) > WALL_LENGTH * min(labels.shape):
+            walls |= piece
+    return walls
+
+
+def close_gaps(mask: np.ndarray, width: float) -> np.ndarray:
+    """Return the bool mask with gaps up to this wide, in pixels, closed."""
+    kernel = np.ones((2 * round(width / 2) + 1,) * 2, np.uint8)
+    return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel).astype(bool)
+
+
+def head_and_others(thick: np.ndarray, bone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most of the thick bodies that hang together by bone, with that bone, and other large bodies.
+
+    All are bool (rows, columns).
+    """
+    labels, count = pieces(thick | bone)
+    areas = np.bincount(labels[thick], minlength=count)
+    head = labels == areas.argmax()
+    others = (areas > OTHER_AREA * min(thick.shape) ** 2).take(labels) & thick & ~head
+    return head, others
 
 
 def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -606,27 +639,30 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 def head_mask(hu: np.ndarray) -> np.ndarray:
     """Return the head, bool (rows, columns): skin and all within, but no table, holder, cable or air around.
 
-    The largest body that survives an erosion is the head's core; thin things that touch it are kept where
-    they are soft and short (ears, nose), cut where they are hard or long (head holder, cushion). All False
-    for a slice without a head.
+    The head's core is the largest body that survives an erosion, and the others that the skull joins to it:
+    air cells in the petrous bone and sinuses make a slice fall apart, but table, pillow and hand share no
+    bone with the head. Thin things that touch the core are kept where they are soft and short (ears, nose),
+    cut where they are hard or long (head holder, cushion). All False for a slice without a head.
     """
     tissue = hu > TISSUE_HU
     half, width = tissue[::2, ::2], min(hu.shape) / 2  # distances need no more; the mask's edge is tissue's
-    thick = cv2.distanceTransform(np.pad(half, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    labels, count = pieces(thick > CORE_RADIUS * width)
-    if count == 1:
+    from_air = cv2.distanceTransform(np.pad(half, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    thick = from_air > CORE_RADIUS * width
+    if not thick.any():
         return np.zeros(hu.shape, bool)
-    from_center = distance_to(labels == areas_of(labels, count).argmax())
+    hard, bony = hard_pieces(hu)
+    head, others = head_and_others(thick, close_gaps(bony.take(hard[::2, ::2]), BONE_GAP * width))
+    from_center = distance_to(head & thick)
     core = half & (from_center <= CORE_RADIUS * width)  # morphological opening
 
-    from_core = distance_to(core)
+    from_core = distance_to(core | head)
     enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
-    walls = holder_walls(hu, enlarge(~core & ~enclosed, hu.shape))
+    walls = holder_walls(hard, bony, enlarge(~core & ~enclosed, hu.shape))
     core = enlarge(from_center <= CORE_RADIUS * width, hu.shape)
     tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
     core = tissue & enlarge(from_center <= (CORE_RADIUS + CORE_MARGIN) * width, hu.shape)
     labels, count = pieces(tissue & ~core)
-    far = enlarge(from_core >= EAR_REACH * width, hu.shape)
+    far = enlarge(others | (from_core >= EAR_REACH * width), hu.shape)
     near = found_in(labels, count, grow(core, 1)) & ~found_in(labels, count, far)
     return fill_holes(core | near.take(labels))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import make_ct, plain_head, save_ct
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
@@ -130,6 +131,38 @@ def test_baseline_jpeg_is_converted(tmp_path):
     ct.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     assert convert(save(tmp_path / "a", ct), tmp_path)["status"] == "ok"
     assert abs(int(variant0(tmp_path)[30, 30]) - round(40 * 255 / 79)) <= 4  # 40 HU
+
+
+@pytest.mark.parametrize("extra", [1, 2, 500])
+def test_uncompressed_pixels_that_are_too_long_are_converted_with_a_warning(extra, tmp_path):
+    assert convert(save_ct(tmp_path / "a", GOOD, **WINDOW), tmp_path)["warnings"] == ""
+    right = variant0(tmp_path)
+    ct = make_ct(GOOD, **WINDOW)
+    ct.PixelData += b"\x7f" * extra
+    row = convert(save(tmp_path / "b", ct), tmp_path)
+    assert row["status"] == "ok" and "bytes too long, cut off" in row["warnings"]
+    assert np.array_equal(variant0(tmp_path), right)
+
+
+def test_the_one_byte_that_makes_an_odd_length_even_is_no_warning(tmp_path):
+    ct = make_ct(np.zeros((3, 3), np.uint16), **WINDOW)
+    ct.BitsAllocated, ct.BitsStored, ct.HighBit = 8, 8, 7
+    ct.PixelData = bytes(9) + b"\0"
+    row = convert(save(tmp_path / "a", ct), tmp_path)
+    assert (row["status"], row["warnings"]) == ("ok", "")
+
+
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name[:24])
+def test_bytes_after_a_compressed_frame_do_no_harm(syntax, tmp_path):
+    """The codestream tells its own end, so nothing is too long and no warning is due."""
+    ct = make_ct(plain_head(64), **WINDOW)
+    assert convert(save(tmp_path / "plain", ct), tmp_path)["status"] == "ok"
+    right = variant0(tmp_path)
+    ct.compress(syntax, encoding_plugin=ENCODERS[syntax])
+    ct.PixelData = encapsulate([get_frame(ct.PixelData, 0, number_of_frames=1) + bytes(500)])
+    row = convert(save(tmp_path / "longer", ct), tmp_path)
+    assert row["status"] == "ok", row
+    assert np.array_equal(variant0(tmp_path), right)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
@@ -274,7 +307,7 @@ REFUSED = {
     "JPEG-LS cut": (cut(JPEGLSLossless, 0.8), "truncated"),
     "JPEG 2000 cut": (cut(JPEG2000Lossless, 0.8), "truncated"),
     "deflate cut": (cut(DeflatedExplicitVRLittleEndian, 0.8), "truncated"),
-    "more pixels than rows": (changed(Rows=16), "PixelData"),
+    "fewer pixels than rows": (changed(Rows=33), "PixelData"),
     "RLE of another size": (wrong_stream(RLELossless), "PixelData"),
     "JPEG-LS of another size": (wrong_stream(JPEGLSLossless), "codestream"),
     "JPEG 2000 of another size": (wrong_stream(JPEG2000Lossless), "codestream"),
@@ -434,6 +467,7 @@ def children(pid):
 
 
 def start(raw, output="out", new_session=False):
+    """Start Step 1, with Ctrl-C as in a terminal, even where these tests run with it ignored (nohup)."""
     command = [
         sys.executable,
         str(SCRIPT),
@@ -445,7 +479,14 @@ def start(raw, output="out", new_session=False):
         "2",
     ]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=new_session)
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=new_session,
+        preexec_fn=None if os.name == "nt" else partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_png(folder):

@@ -257,6 +257,79 @@ def test_head_mask_keeps_air_inside_the_head():
     assert step1.head_mask(hu.astype(np.float32))[50, 64]
 
 
+def parted_head(gap=8):
+    """Return HU of a head that air cells part in two bodies, with a gap in the thin bone across, and the head."""
+    hu = plain_head(512).astype(np.float32)
+    head = hu > -1000
+    cells = disc(hu.shape, (256, 256), 0.345 * 512)  # the skin, 2 px, goes round
+    cells[:, :280] = cells[:, 340:] = False
+    hu[cells] = -1000
+    hu[250:254, 260:360] = 700  # thin bone across the air cells
+    hu[250:254, 306 : 306 + gap] = -1000
+    return hu, head
+
+
+def test_head_mask_keeps_the_part_beyond_air_cells_that_bone_joins():
+    hu, head = parted_head()
+    assert np.array_equal(step1.head_mask(hu), head)
+
+
+def test_head_mask_keeps_a_nose_that_goes_far_along_bone():
+    hu = plain_head(512)
+    nose = np.zeros(hu.shape, bool)
+    nose[5:120, 248:262] = True
+    hu[nose & (hu == -1000)] = 30
+    hu[10:120, 253:257] = 700
+    assert step1.head_mask(hu.astype(np.float32))[nose].all()
+
+
+def narrow_contact(hu):
+    """Join what lies right of the head to its skin by 10 rows."""
+    hu[251:261, 430:446] = 30
+    return hu.astype(np.float32)
+
+
+def hand(hu, x=474):
+    """Put a hand of soft tissue and bones beside the head; return where."""
+    y, columns = np.indices(hu.shape)
+    shape = ((columns - x) / 30) ** 2 + ((y - 256) / 75) ** 2 <= 1
+    hu[shape] = 50
+    for row in (206, 240, 274, 308):
+        hu[disc(hu.shape, (x, row), 10)] = 900
+    return shape
+
+
+def second_object(hu):
+    """Put a small head beside the head; return where."""
+    for radius, value in ((34, 40), (29, 900), (18, 35)):
+        hu[disc(hu.shape, (474, 256), radius)] = value
+    return disc(hu.shape, (474, 256), 34)
+
+
+def thick_holder(hu):
+    """Put a head holder of 20 px, with foam between it and the head; return where."""
+    foam, outer = disc(hu.shape, (256, 256), 196), disc(hu.shape, (256, 256), 216)
+    below = np.indices(hu.shape)[0] > 230
+    hu[foam & below & (hu == -1000)] = -900
+    hu[outer & ~foam & below] = 300
+    return outer & ~foam & below
+
+
+def pillow(hu):
+    """Put a pillow beside the head; return where."""
+    hu[150:360, 446:500] = -100
+    return np.pad(np.ones((210, 54), bool), ((150, 152), (446, 12)))
+
+
+@pytest.mark.parametrize("join", [np.float32, narrow_contact], ids=["apart", "touching"])
+@pytest.mark.parametrize("add", [hand, second_object, thick_holder, pillow])
+def test_head_mask_cuts_what_shares_no_bone_with_the_head(add, join):
+    hu = plain_head(512)
+    head, other = hu > -1000, add(hu)
+    mask = step1.head_mask(join(hu))
+    assert (mask & other).sum() <= 20 and mask[head].all()  # a few pixels where they touch
+
+
 @pytest.mark.parametrize("value", [-1000, -3024], ids=["air", "outside the field of view"])
 def test_head_mask_of_a_slice_without_head_is_empty(value):
     assert not step1.head_mask(np.full((64, 64), value, np.float32)).any()
