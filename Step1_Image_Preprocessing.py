@@ -658,13 +658,16 @@ def head_mask(hu: np.ndarray) -> np.ndarray:
     from_core = distance_to(core | head)
     enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
     walls = holder_walls(hard, bony, enlarge(~core & ~enclosed, hu.shape))
+    del hard  # a lower peak, so that less memory goes back to the system and is asked for again
     core = enlarge(from_center <= CORE_RADIUS * width, hu.shape)
     tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
     core = tissue & enlarge(from_center <= (CORE_RADIUS + CORE_MARGIN) * width, hu.shape)
-    labels, count = pieces(tissue & ~core)
+    thin = tissue & ~core
+    labels, count = pieces(thin)
     far = enlarge(others | (from_core >= EAR_REACH * width), hu.shape)
     near = found_in(labels, count, grow(core, 1)) & ~found_in(labels, count, far)
-    return fill_holes(core | near.take(labels))
+    core[thin] = near[labels[thin]]  # take would make int64 of all labels
+    return fill_holes(core)
 
 
 def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
