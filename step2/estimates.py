@@ -22,8 +22,9 @@ from scipy import stats
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
 
-# Of the interaction's variance, in standard deviations, what counts as sampling before training noise is seen:
-# without it a variance that can't be negative comes out above 0 half of the time where there is none.
+# The interaction has to exceed what patients explain by this part before training noise is seen in it: a variance
+# that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation
+# (tests/benchmarks/simulate_intervals.py): 0 costs 7 to 12 % of the intervals' width, 0.3 misses real noise.
 CAUTION = 0.2
 
 
@@ -32,7 +33,8 @@ class Estimates:
     """A metric of k variants. values: float (k,); patients: covariance from who was tested, float (k, k).
 
     training: variance of one training (a fold's) about its variant, for errors; NaN where the table can't
-    tell (one variant, or one fold). seen: (estimate, lower, upper) of its square root, for reports, 95 %.
+    tell (one variant, or one fold). spread: the interaction's mean square, of which it is a part.
+    seen: (estimate, lower, upper) of the training variance's square root, for reports, 95 %.
     share: sum of the squared shares of a variant's trainings; freedom: degrees, of patients and trainings.
     """
 
@@ -40,6 +42,7 @@ class Estimates:
     values: np.ndarray
     patients: np.ndarray
     training: float
+    spread: float
     seen: tuple[float, float, float]
     share: float
     freedom: tuple[int, int]
@@ -50,11 +53,16 @@ class Estimates:
         coefficients: float (k,). NaN where the patients are too few, or no patient differs.
         """
         sampling = float(coefficients @ self.patients @ coefficients)
-        luck = np.nan_to_num(self.training) * self.share * float(coefficients @ coefficients)
+        shared = self.share * float(coefficients @ coefficients)
+        luck = np.nan_to_num(self.training) * shared
         if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
             return np.nan, np.nan, np.nan
-        both = (sampling + luck) ** 2 / (sampling**2 / self.freedom[0] + luck**2 / max(self.freedom[1], 1))
-        return float(np.sqrt(sampling)), float(np.sqrt(luck)), both
+        doubt = sampling**2 / self.freedom[0]
+        if luck > 0:  # it is a difference, which is as unsure as what it was taken from
+            doubt += (self.spread * shared) ** 2 / self.freedom[1]
+        freedom = (sampling + luck) ** 2 / doubt
+        least = min(self.freedom) if luck > 0 else self.freedom[0]
+        return float(np.sqrt(sampling)), float(np.sqrt(luck)), max(freedom, least)
 
     def contrast(self, coefficients: np.ndarray) -> dict[str, float]:
         """Return difference, 95 % interval, errors and p of a contrast, dict; NaN where not estimable.
@@ -112,7 +120,7 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         covariance = np.full((k, k), np.nan)
     weights = observed[1, 0] / observed[1, 0].sum()
     freedom = (k - 1) * repeats * (folds - 1)
-    training, seen = np.nan, (np.nan, np.nan, np.nan)
+    training, mean_square, seen = np.nan, np.nan, (np.nan, np.nan, np.nan)
     if freedom and np.isfinite(drawn).all((1, 2, 3)).mean() > 1 - ALPHA:
         drawn = drawn[np.isfinite(drawn).all((1, 2, 3))]
         whole = patients / folds / max(patients / folds - 1, 1)
@@ -120,12 +128,12 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         # the same sum of squares in each draw, about that of the observed table, is what patients explain
         sampling = interaction(drawn - cells).mean() / freedom * whole
         mean_square = within / freedom
-        caution = CAUTION * np.sqrt(2 / freedom) * sampling
-        training = max(mean_square - sampling - caution, 0.0)
+        training = max(mean_square - (1 + CAUTION) * sampling, 0.0)
         ends = within / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom) - sampling
         seen = tuple(np.sqrt(np.maximum([mean_square - sampling, *ends], 0)))  # type: ignore[assignment]
     share = float((weights**2).sum())
-    return Estimates(tuple(names), values, covariance, training, seen, share, (patients - 1, freedom))
+    degrees = (patients - 1, freedom)
+    return Estimates(tuple(names), values, covariance, training, mean_square, seen, share, degrees)
 
 
 def interaction(cells: np.ndarray) -> np.ndarray:

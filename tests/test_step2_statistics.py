@@ -104,7 +104,8 @@ def some_estimates(values, error=0.01, training=0.0) -> Estimates:
     k = len(values)
     names = tuple(f"v{i}" for i in range(k))
     seen = (training**0.5, 0.0, 1.0)
-    return Estimates(names, np.array(values), error**2 * np.eye(k), training, seen, 0.25, (499, 20))
+    covariance = error**2 * np.eye(k)
+    return Estimates(names, np.array(values), covariance, training, 2 * training, seen, 0.25, (499, 20))
 
 
 def test_error_adds_both_sources_and_freedom_lies_between_theirs():
@@ -113,7 +114,9 @@ def test_error_adds_both_sources_and_freedom_lies_between_theirs():
     assert row["patient_error"] == pytest.approx(0.01 * 2**0.5)
     assert row["training_error"] == pytest.approx((0.0004 * 0.25 * 2) ** 0.5)
     assert row["error"] == pytest.approx(np.hypot(row["patient_error"], row["training_error"]))
-    assert 20 < row["freedom"] < 499
+    assert 20 <= row["freedom"] < 499
+    quiet = some_estimates([0.5, 0.6], error=0.001, training=0.0004)
+    assert quiet.errors(quiet.coefficients([("v1", "v0")]))[2] == 20  # never below the fewer of both
 
 
 def test_equal_pairs_do_not_differ_and_unequal_ones_do():
