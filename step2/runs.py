@@ -50,6 +50,7 @@ from step2.variants import CLASSES
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
 PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
+NOT_JUDGED = {"val_loss": [""], "val_accuracy": [""]}  # of history.csv: epochs without a look at the held-out
 PROBABILITIES = [f"p_{c}" for c in CLASSES]
 
 
@@ -318,7 +319,7 @@ def load_last(comparison: Comparison, run: Run, network: torch.nn.Module) -> Non
 def read_table(comparison: Comparison, run: Run, name: str) -> pd.DataFrame:
     """Return a table that a finished run left behind; ValueError that names it where it was changed."""
     content = io.BytesIO(read_result(comparison, run, name))
-    return pd.read_csv(content, dtype={"image": str}, keep_default_na=False)
+    return pd.read_csv(content, dtype={"image": str}, keep_default_na=False, na_values=NOT_JUDGED)
 
 
 def collect(comparison: Comparison, control: bool, name: str) -> pd.DataFrame:

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from step2_helpers import SIZE, make_comparison_for, write_pictures
+from step2_helpers import SIZE, VARIANTS, make_comparison_for, write_pictures
 
 from step2 import engine, files, runs, training
 from step2.explain import draw_cams
 from step2.report import Report, make_caption
-from step2.runs import Run, collect_predictions
+from step2.runs import Run, collect_history, collect_predictions
 from step2.slices import read_slices
 
 
@@ -394,3 +394,13 @@ def test_results_that_is_a_file_gets_a_sentence(tmp_path):
 
 def test_manifest_is_read_as_it_is(data):
     assert len(read_slices(data).training) == 48
+
+
+def test_history_has_numbers_also_where_an_epoch_did_not_look_at_the_held_out_slices(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data")
+    monkeypatch.setattr(training, "is_judged", lambda epoch, epochs: epoch == epochs - 1)
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "r", VARIANTS[:1])
+    engine.train_all(comparison)
+    history = collect_history(comparison)
+    assert history["val_loss"].dtype == history["val_accuracy"].dtype == float
+    assert history.groupby("fold")["val_loss"].agg(lambda losses: losses.notna().sum()).tolist() == [1, 1]
