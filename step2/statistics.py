@@ -276,8 +276,7 @@ def control_verdict(row: pd.Series) -> str:
 
 def difference_verdict(row: pd.Series, margin: float) -> str:
     """Return which side is better, whether both are equivalent, or that these data can't tell."""
-    a, b, band, size = row["a"], row["b"], band_position(row, margin), f"{100 * margin:g} point"
-    size += "s" * (margin != 0.01)
+    a, b, band, size = row["a"], row["b"], band_position(row, margin), in_band(margin)
     better, equal, unclear = f"{a} {{}} {b}", f"{a} and {b} are equivalent", f"{a} and {b} apart"
     verbs = ("beats", "is worse than")
     if row["kind"] == "factorial":
@@ -300,6 +299,11 @@ def difference_verdict(row: pd.Series, margin: float) -> str:
 def is_significant(row: pd.Series) -> bool:
     """Tell whether Holm's p and the interval both exclude no difference."""
     return bool(row["p_holm"] <= ALPHA and row["ci_low"] * row["ci_high"] > 0)
+
+
+def in_band(margin: float) -> str:
+    """Return '1 point', '2.5 points'."""
+    return f"{100 * margin:g} point{'s' * (margin != 0.01)}"
 
 
 def in_points(row: pd.Series) -> str:
@@ -338,9 +342,12 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     sd, low, high = 100 * contrasts[columns].iloc[0] if len(contrasts) else (np.nan,) * 3
     if np.isnan(sd):
         return f"One fold or one variant can't tell how far training again moves accuracy: intervals hold {ALONE}."
+    size = (
+        f"an SD of {sd:.1f} points" if sd >= 0.05 else "less than can be seen beside the choice of patients"
+    )
     return (
-        f"Training a network again moves its accuracy by an SD of {sd:.1f} points (95 % interval {low:.1f} to "
-        f"{high:.1f}); intervals and p values hold that beside the choice of patients."
+        f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to {high:.1f}); "
+        "intervals and p values hold that too."
     )
 
 

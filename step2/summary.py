@@ -10,6 +10,7 @@ from step2.statistics import (
     DRAWS,
     EQUIVALENCE,
     best_in_words,
+    in_band,
     in_points,
     is_significant,
     training_in_words,
@@ -61,7 +62,7 @@ def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     clear = [row["verdict"] for _, row in primary.iterrows() if is_significant(row)]
     answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart"
     same = int((primary["band"] == "inside").sum())
-    equal = f" {same} of {len(primary)} are within {100 * margin:g} points of it." if same else ""
+    equal = f" {same} of {len(primary)} are within {in_band(margin)} of it." if same else ""
     return f"{answer[0].upper()}{answer[1:]}.{equal}{detectable_text(primary)}"
 
 
@@ -179,7 +180,7 @@ def limit_lines(patient_level: bool, margin: float = EQUIVALENCE) -> list[str]:
         f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
         f"accuracies; 95 % interval by t. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
-        f"{100 * margin:g} points. All numbers come from `oof_predictions.csv` and `control_predictions.csv`.",
+        f"{in_band(margin)}. All numbers come from `oof_predictions.csv` and `control_predictions.csv`.",
     ]
 
 
