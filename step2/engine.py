@@ -26,6 +26,7 @@ from step2.files import write_atomically
 from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.settings import is_watched
 from step2.speed import step_seconds
+from step2.training import is_judged
 from step2.variants import require
 
 TOPIC = "step2-progress"
@@ -71,7 +72,8 @@ def train_all(comparison: Comparison) -> None:
 def expected_minutes(comparison: Comparison) -> float:
     """Return how long all runs would take, in minutes, from the time of a training step on this machine."""
     settings, (train, held_out) = comparison.settings, comparison.split(comparison.runs[0])
-    run = comparison.steps * step_seconds(settings) * (1 + len(held_out) / len(train) / 3)
+    looks = sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs)) / settings.epochs
+    run = comparison.steps * step_seconds(settings) * (1 + looks * len(held_out) / len(train) / 3)
     return len(comparison.runs) * run / settings.processes / 60
 
 
