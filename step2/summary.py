@@ -117,7 +117,7 @@ def contrast_lines(table: pd.DataFrame, margin: float = EQUIVALENCE) -> list[str
     lines = ["| comparison | points | 95 % interval | Holm p | seed noise, SD | verdict |", "|---" * 6 + "|"]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
-        noise = "\N{EN DASH}" if np.isnan(row["seed_noise"]) else f"{100 * row['seed_noise']:.1f}"
+        noise = noise_text(row["seed_noise"])
         cells = [row["contrast"], points, f"{low} to {high}", p_text(row["p_holm"]), noise, row["verdict"]]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -126,6 +126,11 @@ def contrast_lines(table: pd.DataFrame, margin: float = EQUIVALENCE) -> list[str
 def signed(points: float) -> str:
     """Return '+3.1', an en dash where there is no number."""
     return "\N{EN DASH}" if np.isnan(points) else f"{round(points, 1) + 0.0:+.1f}".replace("-", MINUS)
+
+
+def noise_text(sd: float) -> str:
+    """Return an SD in points; "not seen" where the choice of patients hides it, an en dash where unknown."""
+    return "\N{EN DASH}" if np.isnan(sd) else "not seen" if sd < 0.0005 else f"{100 * sd:.1f}"
 
 
 def p_text(p: float) -> str:

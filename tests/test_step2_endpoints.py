@@ -23,7 +23,7 @@ def test_sensitivity_at_90_agrees_with_the_roc_curve():
 
 def test_sensitivity_at_90_by_hand():
     """Ten healthy, one above the lowest bleed but two: 90 % specificity allows exactly one."""
-    scores = np.array([0.9, *np.linspace(0.0, 0.2, 9), 0.95, 0.92, 0.5, 0.1])
+    scores = np.array([0.9, *np.linspace(0.0, 0.2, 9), 0.95, 0.92, 0.5, 0.19])
     positive = np.array([False] * 10 + [True] * 4)
     found, total = sensitivity_at_90(scores, positive, np.ones((1, 14)))
     assert (found[0], total[0]) == (3, 4)

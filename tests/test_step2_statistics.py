@@ -28,7 +28,7 @@ from step2.statistics import (
     training_in_words,
     verdict,
 )
-from step2.summary import headline, summarize
+from step2.summary import headline, noise_text, summarize
 
 # ---------------------------------------- intervals and errors, by simulation
 
@@ -296,6 +296,10 @@ def test_equivalence_margin_is_the_one_that_was_set():
     row = some_row(difference=0.001, ci_low=-0.02, ci_high=0.02, p_holm=0.9)
     assert "can't tell" in verdict(row)
     assert "equivalent within 2.5 points" in verdict(row, margin=0.025)
+
+
+def test_training_noise_that_cannot_be_seen_is_not_called_zero():
+    assert [noise_text(sd) for sd in (np.nan, 0.0, 0.021)] == ["\N{EN DASH}", "not seen", "2.1"]
 
 
 # ---------------------------------------- the testing slices
