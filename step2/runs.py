@@ -28,7 +28,7 @@ from step2.pictures import (
     Pictures,
     check_channels,
     in_order,
-    make_loader,
+    load,
     pictures_digest,
     steps_per_epoch,
 )
@@ -271,9 +271,9 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
     trainer = Trainer(settings, speed, 0.1, device)
     load_last(comparison, run, trainer.network)
     pictures = Pictures(settings.data / run.variant, images, settings)
-    loader = make_loader(pictures, in_order(np.arange(len(images)), settings.batch_size), 0)
+    batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size))
     rows = comparison.slices.testing[["image"]]
-    write_csv(folder / name, prediction_table(rows, predict(trainer, loader)))
+    write_csv(folder / name, prediction_table(rows, predict(trainer, batches)))
     done = read_json(folder / "done.json") or {}
     done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
     for old in folder.glob("testing-*.csv"):

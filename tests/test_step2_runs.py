@@ -93,11 +93,11 @@ def test_resume_at_each_epoch_equals_an_unbroken_run(data, tmp_path, monkeypatch
     unbroken = train(data, tmp_path / "unbroken", epochs=3)
     train_epoch, stops = training.train_epoch, []
 
-    def stop_before_each_epoch(trainer, loader, truth, epoch, tell):
+    def stop_before_each_epoch(trainer, batches, steps, truth, epoch, tell):
         if epoch not in stops:
             stops.append(epoch)
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop_before_each_epoch)
     for _ in range(3):
@@ -186,10 +186,10 @@ def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) ->
     """Interrupt a run in its second epoch and return its checkpoint."""
     train_epoch = training.train_epoch
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         if epoch:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):

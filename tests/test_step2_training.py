@@ -20,7 +20,6 @@ from step2.training import (
     half_weights,
     is_judged,
     load_checkpoint,
-    loaders_explained,
     log_loss,
     save_checkpoint,
     save_weights,
@@ -95,18 +94,6 @@ def test_memory_that_ends_for_a_single_slice_is_explained():
     trainer.forward = fail
     with pytest.raises(RuntimeError, match=r"memory ended with one slice at a time .*: lower image_size"):
         train_step(trainer, *some_batch(), 1e-3)
-
-
-@pytest.mark.parametrize("end", ["is killed by signal: Killed. ", "exited unexpectedly"])
-def test_loading_process_that_the_system_kills_is_explained(end):
-    explained = pytest.raises(RuntimeError, match=r"for want of memory: lower workers, processes or")
-    with explained, loaders_explained():
-        raise RuntimeError(f"DataLoader worker (pid(s) 123) {end}")
-
-
-def test_error_of_a_loading_process_stays_as_it_is():
-    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in"), loaders_explained():
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
 def test_step_returns_loss_and_share_right():

@@ -69,11 +69,11 @@ def stop_in_second_run(data: Path, results: Path) -> None:
     """Do the same, but end as a kill would after the first epoch of the second run."""
     train_epoch, epochs = training.train_epoch, []
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         epochs.append(epoch)
         if len(epochs) == 4:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     training.train_epoch = stop
     with contextlib.suppress(KeyboardInterrupt):
