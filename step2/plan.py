@@ -8,8 +8,11 @@ as will train; where that can't be, from its floating-point operations or from w
 memory, and the table says so. What it could find comes from the formulas of the statistics, under assumptions.
 """
 
+import argparse
 import math
 import multiprocessing
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,20 +27,23 @@ import pandas as pd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from step2.files import write_csv
 from step2.network import build_network, normalise
 from step2.pictures import Pictures, load, shuffled, steps_per_epoch
 from step2.power import detectable_points
-from step2.settings import PROFILES, Settings
+from step2.settings import PROFILES, Settings, read_settings
+from step2.slices import Slices, read_slices
 from step2.speed import (
     device_name,
     find_device,
+    gpu_memory,
     prepare_process,
     time_steps,
     usual_speed,
     what_fits,
 )
 from step2.training import is_judged, release_memory
-from step2.variants import require
+from step2.variants import VARIANTS, choose_variants, require
 
 # GPUs that are not here: memory bandwidth in GB/s, peak of half precision in TFLOP/s, memory in GB (data sheets)
 GPUS = {
@@ -56,6 +62,9 @@ GPUS = {
 # mixed precision on RTX 3090 (1,267 images/s), V100 (1,425) and Titan RTX (1,157), 15, 13 and 12 times
 TRAFFIC = 14
 ARITHMETIC = 0.4  # of the peak, reached by a step's matrix products
+# What starting a step's operations takes at least, for each of a network's blocks: 13 ms for the seven of quick's, in
+# fp32 on an H200, whatever the pictures
+LAUNCH_S = 0.0018
 USABLE = 0.92  # of a GPU's memory
 FEW_GFLOP = (
     8  # of forward passes: so many pictures are timed on a CPU; a network that needs more a picture ...
@@ -67,9 +76,10 @@ A_DAY = 24
 
 @dataclass(frozen=True)
 class Cost:
-    """A network's weights, GFLOP of a picture's forward pass, and bytes that it saves for the backward pass."""
+    """A network's weights and blocks, GFLOP of a picture's forward pass, bytes it saves for the backward pass."""
 
     weights: int
+    blocks: int
     gflop: float
     saved: float
 
@@ -130,19 +140,26 @@ def network_cost(settings: Settings, half: bool) -> Cost:
                 hook.remove()
             saved.append(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
     weights = sum(weight.numel() for weight in network.parameters())
-    return Cost(weights, flop / 1e9, saved[1] - saved[0])
+    return Cost(weights, len(network._blocks), flop / 1e9, saved[1] - saved[0])
+
+
+def known_gpu(name: str) -> str:
+    """Return a GPU's name as GPUS has it; ValueError for an unknown one."""
+    found = next((gpu for gpu in GPUS if gpu.lower() == name.lower()), "")
+    require(found, f"--gpu {name}: choose of {', '.join(GPUS)}")
+    return found
 
 
 def estimate_pace(settings: Settings, name: str) -> Pace:
     """Return the pace on a GPU that is not here, from its data sheet; ValueError for an unknown one."""
-    known = {gpu.lower(): gpu for gpu in GPUS}
-    require(name.lower() in known, f"--gpu {name}: choose of {', '.join(GPUS)}")
-    bandwidth, peak, memory = GPUS[known[name.lower()]]
+    name = known_gpu(name)
+    bandwidth, peak, memory = GPUS[name]
     cost = network_cost(settings, half=True)
-    train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
     part = part_that_fits(settings, cost, memory * 1e9)
+    train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
+    train = max(train, LAUNCH_S * cost.blocks / max(part, 1))
     needs = memory_needed(cost, part)
-    return Pace(train, 0.0, needs, part, f"estimated from the {known[name.lower()]}'s data sheet")
+    return Pace(train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
 
 
 def memory_needed(cost: Cost, part: int) -> float:
@@ -173,11 +190,11 @@ def measure_pace(settings: Settings) -> Pace:
         speed, seconds = what_fits(settings, replace(speed, channels_last=True), device)
         memory = float(torch.cuda.max_memory_allocated())
         release_memory(device)
-        return Pace(seconds / speed.part, loading, memory, speed.part, f"timed on {device_name(device)}")
+        return Pace(seconds / speed.part, loading, memory, speed.part, f"timed on this {device_name(device)}")
     few = max(1, min(settings.batch_size, round(FEW_GFLOP / cost.gflop)))
     timed = settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
     seconds, _ = time_steps(timed, replace(speed, part=few), device)
-    basis = f"timed on {device_name(device)}"
+    basis = f"timed on this {device_name(device)}"
     if timed is not settings:
         seconds *= cost.gflop / network_cost(timed, half=False).gflop
         basis = f"from its operations, at the speed of {timed.model_name}"
@@ -234,6 +251,12 @@ class Size:
     def fewer(self, share: float) -> "Size":
         """Return the same of a share of the patients."""
         return replace(self, slices=round(self.slices * share), patients=round(self.patients * share))
+
+
+def size_of(slices: Slices, variants: Sequence[str], control: bool) -> Size:
+    """Return the size of a comparison; without patients' ids each slice counts as a patient of its own."""
+    training = slices.training
+    return Size(len(training), training["patient"].nunique(), len(variants), control)
 
 
 def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
@@ -300,3 +323,101 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
         **{"disk_gb": disk / 1e9, "detectable": points, "basis": pace.basis},
         **{"loaded_per_s": 1 / pace.load if pace.load else np.nan, "trained_per_s": 1 / pace.train},
     }
+
+
+def plan_in_words(table: pd.DataFrame, free_bytes: float = math.inf) -> list[str]:
+    """Return sentences about what is set, the plan's first row: what takes long, doesn't fit, or could find little.
+
+    free_bytes: of the disk that results are written to.
+    """
+    row = table.iloc[0]
+    work = f"{row['runs']} runs train {row['pictures']:,} pictures"
+    lines = [f"{work} in about {in_hours(row['hours'])} ({row['basis']})"]
+    if row["hours"] > A_DAY:
+        lines[0] += f": {row['hours'] / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
+    if row["hours"] > SESSION_H:
+        sessions, weeks = math.ceil(row["hours"] / SESSION_H), row["hours"] / WEEK_H
+        lines.append(
+            f"where a session ends after {SESSION_H} hours, that is {sessions} of them, and {weeks:.1f} weeks of "
+            f"{WEEK_H} GPU hours: set max_hours, and start again each time"
+        )
+    if row["at_a_time"] < 1:
+        lines.append(
+            "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
+        )
+    elif row["at_a_time"] < PROFILES[row["profile"]]["batch_size"]:
+        lines.append(f"memory holds {row['at_a_time']} slices at a time: a batch is taken in parts")
+    if row["trained_per_s"] > row["loaded_per_s"]:
+        lines.append("loading pictures takes longer than training: raise workers")
+    if row["disk_gb"] * 1e9 > free_bytes:
+        lines.append(
+            f"results take {row['disk_gb']:.1f} GB, and {free_bytes / 1e9:.1f} GB are free: make room first"
+        )
+    found = row["detectable"]
+    if np.isnan(found):
+        lines.append("so few patients could show no difference between variants")
+    else:
+        lines.append(
+            f"a difference of {found:.1f} points in accuracy would be found in 8 of 10 such comparisons "
+            "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
+        )
+    return lines
+
+
+def in_hours(hours: float) -> str:
+    """Return '12 minutes' or '3.5 hours'."""
+    return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
+
+
+def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns to read, rounded as far as they are known."""
+    shown = table.set_index("choice")
+    shown = shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
+        hours=shown["hours"].map("{:.2g}".format),
+        **{"memory, GB": shown["gpu_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
+        **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
+        **{
+            "finds, points": shown["detectable"].map(
+                lambda points: "-" if np.isnan(points) else f"{points:.1f}"
+            )
+        },
+    )
+    return shown.assign(known=table["basis"].to_numpy())
+
+
+def main() -> None:
+    """Print the plan of a comparison and write it to plan.csv in the results folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", default="auto", help=", ".join(("auto", *PROFILES)))
+    parser.add_argument("--data", type=Path, default=Path("data_preprocessing"), help="Step 1's output")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where plan.csv goes")
+    parser.add_argument("--variants", default=None, help="such as 0,1,4 or all (default: the seven)")
+    parser.add_argument("--slices", type=int, help="plan for so many instead of those in --data")
+    parser.add_argument("--patients", type=int, help="of whom they are (default: half as many)")
+    parser.add_argument("--gpu", help=f"one that is not here: {', '.join(GPUS)}")
+    args = parser.parse_args()
+    try:
+        gpus, memory = torch.cuda.device_count(), gpu_memory()
+        if args.gpu:
+            gpus, memory = 1, GPUS[known_gpu(args.gpu)][2] * 1e9
+        given = {"profile": args.profile, "weights": "none", "results": args.results}
+        settings = read_settings(given, gpus, memory)
+        if args.slices:
+            size = Size(args.slices, args.patients or args.slices // 2, len(VARIANTS))
+        else:
+            slices, chosen = read_slices(args.data), choose_variants(args.variants, args.data)
+            size = size_of(slices, chosen, control=True)
+        table = plan_table(settings, size, args.gpu)
+    except ValueError as err:
+        sys.exit(str(err))
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_csv(args.results / "plan.csv", table)
+    print(f"{settings.profile} profile: {settings.why}")
+    print(plan_to_show(table).to_string())
+    print(*plan_in_words(table, shutil.disk_usage(args.results).free), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
