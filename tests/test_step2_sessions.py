@@ -1,7 +1,9 @@
 """Sessions that end: training stops in time, whole folds are reported, and the next start goes on where it was."""
 
+import hashlib
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +14,7 @@ from step2_helpers import VARIANTS, make_comparison_for, make_settings, random_t
 from step2 import engine, training
 from step2.explain import draw_cams
 from step2.files import read_sealed
+from step2.network import InitialWeights, settle_weights
 from step2.report import make_caption
 from step2.runs import Comparison, Run, average_testing, collect_history, collect_predictions
 from step2.sessions import part_in_words, session_end, whole_part
@@ -223,3 +226,55 @@ def test_interval_of_a_single_fold_speaks_of_its_networks_alone():
     for folds, alone in (({0}, True), ({0, 3, 4}, False)):
         verdicts = contrast_table(table[table["fold"].isin(folds)], n_draws=100)["verdict"]
         assert {ALONE in verdict for verdict in verdicts} == {alone}
+
+
+# ---------------------------------------- weights without internet
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Callable[[], InitialWeights]:
+    """Let downloads fail, and data sets be mounted in tmp_path/input; return what settles B0's weights."""
+    name = f"efficientnet-b0-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+
+    def fail(*given, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("step2.network.url_map", {"efficientnet-b0": f"https://nowhere.invalid/{name}"})
+    monkeypatch.setattr("step2.network.MOUNTED", tmp_path / "input")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    (tmp_path / "results").mkdir()
+    wanted = {"model_name": "efficientnet-b0", "weights": "auto", "results": tmp_path / "results"}
+    return lambda: settle_weights(make_settings(**wanted))
+
+
+def mount(tmp_path: Path, folder: str, content: bytes) -> Path:
+    """Write a file under the name of B0's weights into a folder that is mounted."""
+    path = tmp_path / "input" / folder / f"efficientnet-b0-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("folder", [".", "weights", "datasets/owner/weights", "weights/pytorch/b0/1"])
+def test_weights_are_found_in_a_mounted_data_set(tmp_path, offline, folder):
+    path = mount(tmp_path, folder, b"weights")
+    found = offline()
+    assert (found.used, Path(found.path)) == ("imagenet", path)
+    assert found.digest == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_another_file_of_that_name_is_not_taken_for_the_weights(tmp_path, offline):
+    mount(tmp_path, "damaged", b"weight")
+    assert offline().used == "none"
+    (tmp_path / "results/initial_weights_efficientnet-b0.json").unlink()
+    whole = mount(tmp_path, "whole", b"weights")
+    assert Path(offline().path) == whole
+
+
+def test_weights_are_found_again_where_the_next_session_mounts_them(tmp_path, offline):
+    first = mount(tmp_path, "weights", b"weights")
+    offline()
+    first.unlink()
+    second = mount(tmp_path, "datasets/owner/weights", b"weights")
+    assert Path(offline().path) == second
