@@ -27,9 +27,8 @@ from Step1_Image_Preprocessing import interrupts_blocked
 from step2.files import write_atomically
 from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.sessions import part_in_words, whole_part
-from step2.settings import is_watched
-from step2.speed import step_seconds
-from step2.training import OutOfTime, is_judged
+from step2.settings import Settings, is_watched
+from step2.training import OutOfTime
 from step2.variants import require
 
 TOPIC = "step2-progress"
@@ -76,18 +75,10 @@ def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> No
         elif settings.processes == 1:
             train_here(comparison, waiting, progress, ends)
         else:
-            with local_cluster(comparison, len(waiting)) as client:
+            with local_cluster(settings, len(waiting)) as client:
                 train_on(client, comparison, waiting, progress, ends)
     finally:
         progress.close()
-
-
-def expected_minutes(comparison: Comparison) -> float:
-    """Return how long all runs would take, in minutes, from the time of a training step on this machine."""
-    settings, (train, held_out) = comparison.settings, comparison.split(comparison.runs[0])
-    looks = sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs)) / settings.epochs
-    run = comparison.steps * step_seconds(settings) * (1 + looks * len(held_out) / len(train) / 3)
-    return len(comparison.runs) * run / settings.processes / 60
 
 
 def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress", ends: float) -> None:
@@ -122,9 +113,8 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
 
 
 @contextmanager
-def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
+def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
     """Start workers on this machine, one thread and one GPU each, that listen to this machine alone."""
-    settings = comparison.settings
     options = {
         "distributed.worker.daemon": False,  # daemons could not start processes that load pictures
         "distributed.comm.timeouts.connect": "10s",

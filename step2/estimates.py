@@ -57,12 +57,8 @@ class Estimates:
         luck = np.nan_to_num(self.training) * shared
         if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
             return np.nan, np.nan, np.nan
-        doubt = sampling**2 / self.freedom[0]
-        if luck > 0:  # it is a difference, which is as unsure as what it was taken from
-            doubt += (self.spread * shared) ** 2 / self.freedom[1]
-        freedom = (sampling + luck) ** 2 / doubt
-        least = min(self.freedom) if luck > 0 else self.freedom[0]
-        return float(np.sqrt(sampling)), float(np.sqrt(luck)), max(freedom, least)
+        freedom = satterthwaite(sampling, luck, self.spread * shared, self.freedom)
+        return float(np.sqrt(sampling)), float(np.sqrt(luck)), float(freedom)
 
     def contrast(self, coefficients: np.ndarray) -> dict[str, float]:
         """Return difference, 95 % interval, errors and p of a contrast, dict; NaN where not estimable.
@@ -102,6 +98,27 @@ class Estimates:
         return found
 
 
+def cautious(mean_square: np.ndarray, sampling: np.ndarray | float) -> np.ndarray:
+    """Return the training variance that an interaction's mean square shows beyond what patients explain."""
+    return np.maximum(mean_square - (1 + CAUTION) * sampling, 0.0)
+
+
+def satterthwaite(
+    sampling: np.ndarray | float,
+    luck: np.ndarray | float,
+    spread: np.ndarray | float,
+    freedom: tuple[int, int],
+) -> np.ndarray:
+    """Return the degrees of freedom of sampling + luck, variances from patients and from trainings.
+
+    spread: what luck was taken from, patients' part included. freedom: degrees of sampling and of spread.
+    """
+    # luck is a difference, which is as unsure as what it was taken from
+    doubt = np.where(np.greater(luck, 0), np.square(spread) / max(freedom[1], 1), 0.0)
+    least = np.where(np.greater(luck, 0), min(freedom), freedom[0])
+    return np.maximum(np.square(sampling + luck) / (np.square(sampling) / freedom[0] + doubt), least)
+
+
 def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patients: int) -> Estimates:
     """Return the estimates of a metric that is a quotient of two sums over cells.
 
@@ -128,7 +145,7 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         # the same sum of squares in each draw, about that of the observed table, is what patients explain
         sampling = interaction(drawn - cells).mean() / freedom * whole
         mean_square = within / freedom
-        training = max(mean_square - (1 + CAUTION) * sampling, 0.0)
+        training = float(cautious(mean_square, sampling))
         ends = within / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom) - sampling
         seen = tuple(np.sqrt(np.maximum([mean_square - sampling, *ends], 0)))  # type: ignore[assignment]
     share = float((weights**2).sum())

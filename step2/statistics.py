@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER, sum_by_patient
+from step2.bootstrap import ALPHA, MIN_PATIENTS, sum_by_patient
 from step2.estimates import Estimates, mean_estimates, paired_correctness
+from step2.power import detectable_difference
 from step2.variants import BASELINE, CLASSES, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
@@ -135,11 +135,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     steps = np.arange(len(p), 0, -1) * np.nan_to_num(p, nan=1.0)[order]
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return np.where(np.isnan(p), np.nan, adjusted)
-
-
-def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
-    """Return the smallest true difference found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
-    return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
 
 
 def pair_table(

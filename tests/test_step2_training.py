@@ -153,7 +153,7 @@ def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last
         return (compiled, 20.0) if speed.compiled else (channels_last if speed.channels_last else 0.1, 0.0)
 
     monkeypatch.setattr("step2.speed.time_steps", seconds)
-    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "")
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda device: "")
     speed = measure_speed(make_settings(), BASE, steps, CPU)
     assert (speed.channels_last, speed.compiled) == on and speed.part == 8 and speed.precision == "bf16"
     assert [reason.split(":")[0] for reason in speed.reasons] == [
@@ -169,7 +169,7 @@ def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
         return 0.1, 0.0
 
     monkeypatch.setattr("step2.speed.time_steps", seconds)
-    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "no compiler")
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda device: "no compiler")
     assert what_fits(make_settings(), BASE, CPU) == (replace(BASE, part=2), 0.1)
     speed = measure_speed(make_settings(), BASE, 100, CPU)
     assert (speed.part, speed.channels_last) == (2, False)

@@ -90,7 +90,7 @@ def ways_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, C
     labels = torch.arange(args.batch, device=device) % 6
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     usable = [option for option in OPTIONS if option != "bf16" or bf16]
-    if why := why_not_compile() if device.type == "cuda" else "measured on CUDA only":
+    if why := why_not_compile(device) if device.type == "cuda" else "measured on CUDA only":
         usable.remove("compile")
         print(f"torch.compile is left out: {why}")
 

@@ -34,7 +34,13 @@ OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins
 
 
 def simulate(
-    rng: np.random.Generator, patients: int, folds: int, sd: float, gains: np.ndarray, unequal: bool = False
+    rng: np.random.Generator,
+    patients: int,
+    folds: int,
+    sd: float,
+    gains: np.ndarray,
+    unequal: bool = False,
+    repeats: int = 1,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return rows (patient, image, repeat, fold) and right or wrong, float (rows, variants and control).
 
@@ -42,20 +48,29 @@ def simulate(
     """
     codes = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
     n, k = len(codes), VARIANTS + 1
-    own, call = rng.normal(size=(patients, k)), rng.normal(size=(n, k))
-    if unequal:
-        for noise in (own, call):
-            noise[:, 2:4] = np.sqrt(1 - TWINS) * noise[:, 2:4] + np.sqrt(TWINS) * rng.normal(
-                size=(len(noise), 1)
-            )
+    own = own_noise(rng, (patients, k), unequal)
     own[:, -1] = own[:, 0]  # the control sees the first variant's pictures
     score = np.sqrt(0.40) * rng.normal(size=(patients, 1))[codes] + np.sqrt(0.30) * rng.normal(size=(n, 1))
-    score = score + np.sqrt(OWN) * own[codes] + np.sqrt(CALL) * call
-    fold = (rng.permutation(patients) % folds)[codes]
-    shift = sd * rng.normal(size=(folds, k))
-    threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
-    rows = pd.DataFrame({"patient": codes.astype(str), "image": np.arange(n), "repeat": 1, "fold": fold})
-    return rows, (score < threshold).astype(float)
+    score = score + np.sqrt(OWN) * own[codes]
+    tables, right = [], []
+    for repeat in range(repeats):
+        fold = (rng.permutation(patients) % folds)[codes]
+        shift = sd * rng.normal(size=(folds, k))
+        threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
+        call = np.sqrt(CALL) * own_noise(rng, (n, k), unequal)
+        right.append((score + call < threshold).astype(float))
+        rows = {"patient": codes.astype(str), "image": np.arange(n), "repeat": repeat, "fold": fold}
+        tables.append(pd.DataFrame(rows))
+    return pd.concat(tables, ignore_index=True), np.concatenate(right)
+
+
+def own_noise(rng: np.random.Generator, shape: tuple[int, int], unequal: bool) -> np.ndarray:
+    """Return standard normal noise of each variant (second axis), float; unequal: twins share most of theirs."""
+    noise = rng.normal(size=shape)
+    if unequal:
+        shared = rng.normal(size=(len(noise), 1))
+        noise[:, 2:4] = np.sqrt(1 - TWINS) * noise[:, 2:4] + np.sqrt(TWINS) * shared
+    return noise
 
 
 def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
