@@ -305,12 +305,14 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     disk = 4 * weights * runs + 14 * weights * settings.processes  # last and best weights; checkpoints
     # with one fold only its own patients are tested
     tested = size.patients if settings.folds > 1 else round(size.patients / 5)
-    find = {
-        "slices": size.slices / max(size.patients, 1),
-        "folds": settings.folds,
-        "repeats": settings.repeats,
-    }
-    points = detectable_points(tested, **find, variants=max(size.variants, 2), control=size.control)
+    points = detectable_points(
+        tested,
+        slices=size.slices / max(size.patients, 1),
+        folds=settings.folds,
+        repeats=settings.repeats,
+        variants=size.variants,
+        control=size.control,
+    )
     return {
         **{
             "choice": choice,

@@ -123,6 +123,7 @@ class Settings(Recipe):
     processes: int = Field(ge=1, le=256, description="that train at the same time, at most one for each GPU")
     cluster: str | None = Field(None, pattern=r"^[a-z]+://.+:\d+$", description="tcp://scheduler:8786")
     workers: int = Field(ge=0, le=256, description="threads that load pictures, for each process that trains")
+    max_hours: float | None = Field(None, gt=0, description="from the settings cell to the last epoch's end")
     threads: int = Field(1, ge=1, le=256, description="of each process on the CPU")
     gpus: int = Field(0, ge=0, description="of this machine")
 

@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,13 @@ from step2.pictures import Pictures, fits_in_memory, in_order, load, shuffled, s
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
+LONGER = 1.1  # times the longest epoch so far: what the next one may take
 CURVE_POINTS = 35  # of a held-out curve, at least, where there are as many epochs
 Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
+
+
+class OutOfTime(Exception):
+    """The time for training is over, or would be before the next epoch of this run is."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,10 @@ def train_epoch(
 
 @dataclass(frozen=True)
 class RunInput:
-    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions."""
+    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions.
+
+    ends: when training has to be over, in seconds since 1970.
+    """
 
     folder: Path
     pictures: Path
@@ -183,6 +191,7 @@ class RunInput:
     seed: int
     settings: Settings
     weights: InitialWeights
+    ends: float = math.inf
 
 
 def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> tuple[Trainer, list[dict]]:
@@ -190,7 +199,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
 
     Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
     are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
-    flatters.
+    flatters. OutOfTime where run.ends comes first; the checkpoint is that of the last whole epoch.
     """
     settings, size, threads = run.settings, run.settings.batch_size, run.settings.workers
     torch.manual_seed(run.seed)
@@ -201,7 +210,8 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     load_initial(trainer.network, run.weights)
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
-    for epoch in range(len(history), settings.epochs):
+    tell = tell_until(run.ends, tell)
+    for epoch in epochs_in_time(history, settings.epochs, run.ends):
         batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
         row = train_epoch(trainer, batches, steps, truth, epoch, tell) | {
             "val_loss": None,
@@ -216,6 +226,31 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
         history.append(row)
         save_checkpoint(run.folder / "checkpoint.pt", trainer, history)
     return trainer, history
+
+
+def epochs_in_time(history: list[dict], epochs: int, ends: float) -> Iterator[int]:
+    """Yield the epochs to train, 0 to epochs - 1; OutOfTime instead of one that would not end before `ends`.
+
+    history: rows of the epochs that are done; the longest so far says how long the next one may take.
+    """
+    longest = max((row["seconds"] for row in history), default=0.0)
+    for epoch in range(len(history), epochs):
+        began = time.time()
+        if began + LONGER * longest > ends:
+            raise OutOfTime(f"epoch {epoch + 1} may take {LONGER * longest:.0f} s, more than are left")
+        yield epoch
+        longest = max(longest, time.time() - began)
+
+
+def tell_until(ends: float, tell: Tell) -> Tell:
+    """Return tell, but that it stops the run once `ends` has come: a first epoch's length is not known."""
+
+    def checked(epochs: float) -> None:
+        tell(epochs)
+        if time.time() > ends:
+            raise OutOfTime("an epoch took longer than was left")
+
+    return checked
 
 
 def is_judged(epoch: int, epochs: int) -> bool:

@@ -316,9 +316,8 @@ def test_move_that_was_killed_is_finished_at_the_next_start(tmp_path, monkeypatc
 
 def test_titles_of_a_single_split_say_what_was_tested(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path, folds=1)
-    settings, slices, fold_of = comparison.settings, comparison.slices, comparison.fold_of
-    tested = slices.training[fold_of[0] == 0]
-    caption = make_caption(settings, slices, fold_of, "", "random initial weights")
+    tested = comparison.slices.training[comparison.fold_of[0] == 0]
+    caption = make_caption(comparison, "")
     patients = tested["patient"].nunique()
     assert f"48 slices of 24 patients, tested: {len(tested)} slices of {patients} patients" in caption
 

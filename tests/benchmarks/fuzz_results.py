@@ -51,8 +51,9 @@ def run_notebook(data: Path, results: Path) -> None:
         chosen, slices, initial = choose_variants(None, data), read_slices(data), settle_weights(settings)
         fold_of = repeat_folds(slices.training, settings.folds, settings.repeats, settings.seed)
         comparison = make_comparison(settings, chosen, slices, fold_of, initial)
-        caption = make_caption(settings, slices, fold_of, "", initial.in_words())
-        report = Report(settings.results, caption, slices.patient_level, comparison.identity())
+        report = Report(
+            settings.results, make_caption(comparison, ""), slices.patient_level, comparison.identity()
+        )
         report.write("variants.png", b"a figure that is there before any training")
         train_all(comparison)
         predictions = collect_predictions(comparison)
