@@ -53,11 +53,11 @@ class Trainer:
     part: slices at a time, halved when memory ends. best: weights of the epoch with the lowest held-out loss.
     """
 
-    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device):
+    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device, outputs: int):
         self.recipe, self.part, self.device = recipe, speed.part, device
         self.best: dict[str, torch.Tensor] = {}
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        self.network = build_network(recipe, momentum).to(device, memory_format=self.layout)
+        self.network = build_network(recipe, momentum, outputs).to(device, memory_format=self.layout)
         decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay, fused=speed.fused)
@@ -166,12 +166,13 @@ def train_epoch(trainer: Trainer, loader: DataLoader, truth: torch.Tensor, epoch
 
 @dataclass(frozen=True)
 class RunInput:
-    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions."""
+    """What one run is made of. labels: int (n,) of all slices, 0 to classes - 1; train, held_out: positions."""
 
     folder: Path
     pictures: Path
     images: tuple[str, ...]
     labels: np.ndarray
+    classes: int
     train: np.ndarray
     held_out: np.ndarray
     seed: int
@@ -192,7 +193,8 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
     loader = make_loader(pictures, Batches(run.train, size, run.seed), settings.workers)
     judge = make_loader(pictures, in_order(run.held_out, size), settings.workers)
-    trainer = Trainer(settings, speed, batch_norm_momentum(len(loader) * settings.epochs), device)
+    momentum = batch_norm_momentum(len(loader) * settings.epochs)
+    trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]

@@ -76,7 +76,7 @@ def test_learning_curves_say_who_is_still_learning_and_skip_epochs_without_a_loo
         for v in TWO
         for e in (1, 2, 3)
     ]
-    figure = figures.draw_learning(pd.DataFrame(rows), TWO, ["1_ROI"])
+    figure = figures.draw_learning(pd.DataFrame(rows), TWO, 6, ["1_ROI"])
     assert "1_ROI\nstill learning" in axis_texts(figure) and "1.50" in axis_texts(figure)
     assert axis_texts(figure).count("still learning") == 1
     plt.close(figure)
