@@ -10,7 +10,15 @@ import pandas as pd
 
 from Step1_Image_Preprocessing import CLASSES
 
-__all__ = ["CLASSES", "HEALTHY", "classes_of", "order_classes", "probability_columns", "short_names"]
+__all__ = [
+    "CLASSES",
+    "HEALTHY",
+    "classes_of",
+    "order_classes",
+    "probability_columns",
+    "short_names",
+    "wrapped",
+]
 
 HEALTHY = CLASSES[0]  # where it is among the classes, all others together are any hemorrhage
 SHORT = dict(zip(CLASSES, ("healthy", "IPH", "IVH", "SAH", "SDH", "EDH"), strict=True))  # as the field says
@@ -34,4 +42,9 @@ def classes_of(predictions: pd.DataFrame) -> tuple[str, ...]:
 
 def short_names(classes: Iterable[str]) -> list[str]:
     """Return the field's abbreviations of RSNA's six, and other names on lines of 14 letters."""
-    return [SHORT.get(name, textwrap.fill(name, 14)) for name in classes]
+    return [SHORT.get(name, wrapped(name, 14)) for name in classes]
+
+
+def wrapped(name: str, letters: int) -> str:
+    """Return a name on lines of so many letters at most, which end at a space, hyphen or _ where they can."""
+    return textwrap.fill(name.replace("_", "_ "), letters).replace("_ ", "_")

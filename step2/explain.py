@@ -5,15 +5,13 @@ Taken in the deepest layer whose map is still ten cells wide, cell by cell (HiRe
 80 px.
 """
 
-import textwrap
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from step2.classes import HEALTHY
+from step2.classes import HEALTHY, wrapped
 from step2.figures import grid, in_lines, tile
 from step2.network import build_network, normalise
 from step2.pictures import read_png, to_channels
@@ -67,6 +65,6 @@ def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
         maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)
         for column, label in enumerate(shown.index):
             side = "" if column else in_lines(variant)
-            tile(axes[row, column], pictures[column], "" if row else textwrap.fill(label, 18), side)
+            tile(axes[row, column], pictures[column], "" if row else wrapped(label, 18), side)
             axes[row, column].imshow(maps[column], cmap="jet", vmin=0, vmax=1, alpha=0.45 * maps[column])
     return figure

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from step2.bootstrap import MIN_PATIENTS
-from step2.classes import classes_of, order_classes, short_names
+from step2.classes import classes_of, order_classes, short_names, wrapped
 from step2.metrics import (
     GRID,
     confusion_counts,
+    guesses,
     mean_curve,
     metric_of,
     patient_counts,
@@ -84,7 +85,7 @@ def draw_variants(data: Path, variants: Sequence[str], slices: pd.DataFrame, siz
     for row, label in enumerate(shown.index):
         for column, variant in enumerate(variants):
             picture = read_png(data / variant / shown.loc[label, "image"], size)
-            side = "" if column else textwrap.fill(label, 20)
+            side = "" if column else wrapped(label, 20)
             tile(axes[row, column], picture, "" if row else in_lines(variant), side)
     return figure
 
@@ -97,7 +98,7 @@ def draw_augmented(settings: Settings, variant: str, slices: pd.DataFrame, epoch
     for row, label in enumerate(order_classes(first)):
         for column, epoch in enumerate([None, *range(epochs)]):
             title = "as it is" if epoch is None else f"epoch {epoch + 1}"
-            side = "" if column else textwrap.fill(label, 18)
+            side = "" if column else wrapped(label, 18)
             picture = to_picture(pictures[epoch, first[label]][0])
             tile(axes[row, column], picture, "" if row else title, side)
     return figure
@@ -259,7 +260,10 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     if BASELINE in names:
         reference = 100 * metric_of(metrics, BASELINE, "accuracy")[0]
         axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=f"{BASELINE}")
-    axis.axvline(100 / len(classes_of(predictions)), color="black", ls="--", lw=1, label="chance")
+    chance, commonest, share = guesses(predictions)
+    axis.axvline(100 * chance, color="black", ls="--", lw=1, label="chance")
+    if commonest:
+        axis.axvline(100 * share, color="black", ls=":", lw=1, label=f"always\n{wrapped(commonest, 18)}")
     if best:
         axis.plot([], [], "s", color="#555555", ms=7, label="\N{BLACK STAR} may be best")
     axis.set_yticks(range(len(names)), names)
@@ -287,7 +291,7 @@ def draw_sensitivities(
         )
     word = "patients" if patient_level else "slices"
     stars = {c: f"{c}*" if count < MIN_PATIENTS else c for c, count in counts.items()}
-    heads = [f"{textwrap.fill(stars[c], 17)}\n{count} {word}" for c, count in counts.items()]
+    heads = [f"{wrapped(stars[c], 17)}\n{count} {word}" for c, count in counts.items()]
     axis.set_xticks(range(len(counts)), heads, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)
@@ -394,7 +398,7 @@ def draw_mistakes(mistakes: pd.DataFrame, data: Path, size: int) -> plt.Figure:
         axis.axis("off")
     for axis, row in zip(axes, mistakes.itertuples(), strict=False):
         said = [f"is {row.label}", f"said {row.predicted}, {row.confidence:.0%}"]
-        words = "\n".join([in_lines(row.variant), *(textwrap.fill(line, 28) for line in said)])
+        words = "\n".join([in_lines(row.variant), *(wrapped(line, 28) for line in said)])
         tile(axis, read_png(data / row.variant / row.image, size), words)
         axis.title.set_fontsize(7)
     if mistakes.empty:

@@ -259,6 +259,16 @@ def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
     return PatientCounts(of, bleeding, people["patient"].nunique())
 
 
+def guesses(predictions: pd.DataFrame) -> tuple[float, str, float]:
+    """Return the accuracy of guessing, and the commonest class with that of always saying it.
+
+    The name is empty where classes are so even that both are within a point of each other.
+    """
+    shares = predictions["label"].value_counts(normalize=True)
+    chance, share = 1 / len(classes_of(predictions)), float(shares.max())
+    return chance, str(shares.idxmax()) if share > chance + 0.01 else "", share
+
+
 def class_warnings(predictions: pd.DataFrame, patient_level: bool = True) -> list[str]:
     """Return a sentence for each class with fewer than MIN_PATIENTS patients, or slices where unknown."""
     word = "patients" if patient_level else "slices"

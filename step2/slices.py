@@ -32,8 +32,9 @@ class Slices:
         return order_classes(self.training["label"])
 
     def classes_in_words(self) -> str:
-        """Return which classes there are, and which one might have expected."""
-        missing = order_classes(set(CLASSES) - set(self.classes) | set(self.unusable))
+        """Return which classes there are, and which one might have expected: RSNA's, where any of them is."""
+        expected = set(CLASSES) if set(CLASSES) & set(self.classes) else set()
+        missing = order_classes(expected - set(self.classes) | set(self.unusable))
         lacks = f"; no usable slice of {', '.join(missing)}" if missing else ""
         return f"{len(self.classes)} classes: {', '.join(self.classes)}{lacks}"
 

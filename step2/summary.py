@@ -5,7 +5,7 @@ import pandas as pd
 
 from step2.bootstrap import POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of
-from step2.metrics import class_warnings, metric_of, with_interval
+from step2.metrics import class_warnings, guesses, metric_of, with_interval
 from step2.report import OPTIMISTIC
 from step2.statistics import (
     DRAWS,
@@ -84,9 +84,9 @@ def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, war
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
     classes = classes_of(predictions)
-    guessing = (
-        f"{len(classes)} classes ({', '.join(classes)}): guessing gets {100 / len(classes):.0f} % right"
-    )
+    chance, commonest, share = guesses(predictions)
+    guessing = f"{len(classes)} classes ({', '.join(classes)}): guessing gets {100 * chance:.0f} % right"
+    guessing += f", always saying {commonest} {100 * share:.0f} %" if commonest else ""
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:

@@ -11,7 +11,7 @@ from step2 import engine, explain, figures, runs, summary
 from step2.classes import classes_of, order_classes, short_names
 from step2.endpoints import endpoint_table
 from step2.folds import fold_table, make_folds
-from step2.metrics import metric_table, patient_counts, patients_behind
+from step2.metrics import guesses, metric_table, patient_counts, patients_behind
 from step2.report import describe_runs
 from step2.slices import count_classes, read_slices
 from step2.statistics import best_set, contrast_table, score_testing
@@ -44,7 +44,7 @@ def test_classes_of_a_table_are_its_probabilities():
 def test_short_names_are_the_fields_and_long_ones_take_several_lines():
     assert short_names(("healthy", "subdural", "1")) == ["healthy", "SDH", "1"]
     left, right = short_names(("hemorrhage_frontal_left", "hemorrhage_frontal_right"))
-    assert left != right and max(len(line) for line in left.splitlines()) <= 14
+    assert (left, right) == ("hemorrhage_\nfrontal_left", "hemorrhage_\nfrontal_right")
 
 
 # ---------------------------------------- the manifest and the folds
@@ -208,3 +208,18 @@ def test_figures_and_summary_follow_the_classes(classes):
     assert ("AUC" in text) == ("healthy" in classes)
     assert ("Left out: no class is called healthy." in text) == ("healthy" not in classes)
     assert ("Here it means" in text) == (classes in (PAIR, EIGHT))
+
+
+def test_uneven_classes_show_what_always_saying_the_commonest_would_get():
+    even = random_table(6, 1, ["1_ROI"])
+    assert guesses(even) == (pytest.approx(1 / 6), "", pytest.approx(1 / 6))
+    uneven = random_table(90, 1, ["1_ROI"], classes=PAIR).assign(label=["stroke"] * 72 + ["healthy"] * 18)
+    assert guesses(uneven) == (0.5, "stroke", 0.8)
+    figure = figures.draw_accuracy(uneven, metric_table(uneven, n_draws=20))
+    assert {"chance", "always\nstroke"} <= {line.get_label() for line in figure.axes[0].lines}
+    plt.close(figure)
+
+
+def test_classes_of_other_names_alone_miss_nothing(tmp_path):
+    write_pictures(tmp_path, variants=(), classes=FOREIGN)
+    assert read_slices(tmp_path).classes_in_words() == "2 classes: 0, 1"
