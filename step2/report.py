@@ -17,6 +17,7 @@ import PIL.Image
 from IPython.core.getipython import get_ipython
 from IPython.display import Image, Markdown, display
 
+from step2.classes import CLASSES
 from step2.files import put_aside, write_content, write_csv, write_json
 from step2.runs import Comparison, read_note
 from step2.settings import Settings
@@ -46,9 +47,11 @@ def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictur
 
 
 def count_slices(rows: pd.DataFrame, word: str, patient_level: bool) -> str:
-    """Return '90 phantom slices of 63 patients'."""
+    """Return '90 phantom slices of 63 patients'; of RSNA's subtypes, that slices with several are not among them."""
+    subtypes = "rsna" in word.lower() and bool(set(rows["label"]) & set(CLASSES[1:]))
+    kind = "slices with one subtype" if subtypes else "slices"
     patients = rows["patient"].nunique() if patient_level else "an unknown number of"
-    return " ".join(f"{len(rows)} {word} slices of {patients} patients".split())
+    return " ".join(f"{len(rows)} {word} {kind} of {patients} patients".split())
 
 
 def describe_runs(comparison: Comparison) -> dict[str, Any]:

@@ -105,12 +105,16 @@ def _flags(texts: pd.Series, path: Path) -> pd.Series:
 
 
 def what_pictures(dataset: str, raw_data: Path, slices: Slices) -> str:
-    """Return what to call the pictures; phantoms if all of them come from the folder of make_phantoms.py."""
+    """Return what to call the pictures, "" where nothing tells.
+
+    They are phantoms if all come from the folder of make_phantoms.py, RSNA-2019 if from Kaggle's download.
+    """
     if dataset != "auto":
         return dataset
     sources = [*slices.training["source"], *slices.testing["source"]]
     shipped = (raw_data / "make_phantoms.py").is_file() and all((raw_data / s).is_file() for s in sources)
-    return "phantoms" if shipped else ""
+    kaggle = all(Path(s).parent.name.startswith("stage_2_train") for s in sources)
+    return "phantoms" if shipped else "RSNA-2019" if kaggle else ""
 
 
 def count_classes(slices: Slices) -> pd.DataFrame:

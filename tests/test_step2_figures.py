@@ -111,6 +111,16 @@ def test_caption_of_unchanged_profile_and_unknown_patients():
     assert caption.endswith("px, 2 slices of an unknown number of patients, ImageNet's initial weights")
 
 
+@pytest.mark.parametrize(
+    ("label", "words"), [("subdural", "slices with one subtype"), ("hemorrhage", "slices")]
+)
+def test_caption_of_rsnas_subtypes_says_that_slices_have_one(label, words):
+    settings, slices = read_settings({"profile": "quick"}), some_slices_of(["a", "b"])
+    slices = Slices(slices.training.assign(label=["healthy", label]), slices.testing, {}, True)
+    caption = make_caption(settings, slices, np.zeros((1, 2)), "RSNA-2019", "random initial weights")
+    assert caption.endswith(f"px, 2 RSNA-2019 {words} of 2 patients, random initial weights")
+
+
 def test_caption_of_a_single_split_says_what_was_tested():
     settings, slices = read_settings({"profile": "quick", "folds": 1}), some_slices_of(["a", "b", "b"])
     caption = make_caption(settings, slices, np.array([[1, 0, 0]]), "phantoms", "random initial weights")

@@ -153,3 +153,8 @@ def test_pictures_are_phantoms_only_where_all_come_from_their_folder(manifest, t
         (tmp_path / name).touch()
     assert what_pictures("auto", tmp_path, slices) == "phantoms"
     assert what_pictures("my scanner", tmp_path, slices) == "my scanner"
+
+
+def test_pictures_are_rsnas_where_all_come_from_its_download(manifest, tmp_path):
+    slices = read_instead(tmp_path, manifest.assign(source="stage_2_train_images/ID_1.dcm"))
+    assert what_pictures("auto", tmp_path, slices) == "RSNA-2019"
