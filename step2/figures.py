@@ -263,7 +263,7 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     chance, commonest, share = guesses(predictions)
     axis.axvline(100 * chance, color="black", ls="--", lw=1, label="chance")
     if commonest:
-        axis.axvline(100 * share, color="black", ls=":", lw=1, label=f"always\n{wrapped(commonest, 18)}")
+        axis.axvline(100 * share, color="black", ls=":", lw=1, label="commonest class")
     if best:
         axis.plot([], [], "s", color="#555555", ms=7, label="\N{BLACK STAR} may be best")
     axis.set_yticks(range(len(names)), names)
