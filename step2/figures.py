@@ -260,10 +260,10 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     if BASELINE in names:
         reference = 100 * metric_of(metrics, BASELINE, "accuracy")[0]
         axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=f"{BASELINE}")
-    chance, commonest, share = guesses(predictions)
+    chance, commonest = guesses(predictions)
     axis.axvline(100 * chance, color="black", ls="--", lw=1, label="chance")
     if commonest:
-        axis.axvline(100 * share, color="black", ls=":", lw=1, label="commonest class")
+        axis.axvline(100 * commonest, color="black", ls=":", lw=1, label="commonest class")
     if best:
         axis.plot([], [], "s", color="#555555", ms=7, label="\N{BLACK STAR} may be best")
     axis.set_yticks(range(len(names)), names)

@@ -259,14 +259,14 @@ def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
     return PatientCounts(of, bleeding, people["patient"].nunique())
 
 
-def guesses(predictions: pd.DataFrame) -> tuple[float, str, float]:
-    """Return the accuracy of guessing, and the commonest class with that of always saying it.
+def guesses(predictions: pd.DataFrame) -> tuple[float, float | None]:
+    """Return the accuracy of guessing, and of always saying the commonest class.
 
-    The name is empty where classes are so even that both are within a point of each other.
+    The latter is None where classes are so even that both are within a point of each other.
     """
-    shares = predictions["label"].value_counts(normalize=True)
-    chance, share = 1 / len(classes_of(predictions)), float(shares.max())
-    return chance, str(shares.idxmax()) if share > chance + 0.01 else "", share
+    chance = 1 / len(classes_of(predictions))
+    share = float(predictions["label"].value_counts(normalize=True).max())
+    return chance, share if share > chance + 0.01 else None
 
 
 def class_warnings(predictions: pd.DataFrame, patient_level: bool = True) -> list[str]:

@@ -84,9 +84,9 @@ def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, war
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
     classes = classes_of(predictions)
-    chance, commonest, share = guesses(predictions)
-    guessing = f"{len(classes)} classes ({', '.join(classes)}): guessing gets {100 * chance:.0f} % right"
-    guessing += f", always saying {commonest} {100 * share:.0f} %" if commonest else ""
+    chance, commonest = guesses(predictions)
+    guessing = f"{len(classes)} classes ({', '.join(classes)}): guessing gets {100 * chance:.3g} % right"
+    guessing += f", always saying the commonest {100 * commonest:.3g} %" if commonest else ""
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
@@ -152,10 +152,10 @@ def endpoints_in_words(
     """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
     if HEALTHY not in classes:
         return f"Left out: no class is called {HEALTHY}."
-    others = [name for name in classes if name != HEALTHY]
+    others = [name for name in classes if name not in CLASSES]
+    said = [f"It means every class but {HEALTHY}, so {', '.join(others)} too."] if others else []
     if endpoints is None or endpoints.empty:
-        return "Too few healthy or bleeding patients, or no comparison."
-    said = [f"Here it means {' or '.join(others)}."] if set(others) - set(CLASSES) else []
+        return " ".join([*said, "Too few healthy or bleeding patients, or no comparison."])
     for name, table in endpoints[endpoints["kind"] == "primary"].groupby("endpoint", sort=False):
         clear = [
             f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points(row)}"
