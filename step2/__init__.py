@@ -3,6 +3,7 @@
 The rooms in reading order; each imports only from those above it:
 
     variants     the variants of Step 1's table, and which pairs of them differ by one step
+    classes      the classes of the training slices, and their order
     settings     every parameter with its limits, and the profiles
     files        files that are whole or not there, and the results folder, which one notebook uses at a time
     slices       Step 1's manifest: which slices there are, of which class and patient
@@ -22,7 +23,7 @@ The rooms in reading order; each imports only from those above it:
     statistics   paired differences between variants, intervals, p values, verdicts; which may be the best
     endpoints    the same for any hemorrhage against healthy
     costs        what a variant costs: milliseconds, minutes, kilobytes
-    report       where tables and figures go, and the line that says what made them
+    report       where tables and figures go, and what made them
     figures      every figure
     steps        one slice led through the steps
     explain      Grad-CAM

@@ -20,9 +20,8 @@ from step2.engine import local_cluster
 from step2.network import build_network
 from step2.plan import Pace, measure_pace
 from step2.settings import Settings, read_settings
-from step2.speed import find_device, prepare_process, usual_speed, why_not_compile
+from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, load_checkpoint, release_memory, save_checkpoint, train_step
-from step2.variants import CLASSES
 
 Verdict = tuple[bool, str]
 PLAIN = Speed("no", False, False, False, 16, ())
@@ -40,15 +39,15 @@ def some_batch(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     size, generator = settings.image_size, torch.Generator().manual_seed(1)
     shape = (settings.batch_size, 1, size, size)
     pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    return pictures, torch.arange(settings.batch_size) % len(CLASSES)
+    return pictures, torch.arange(settings.batch_size) % OUTPUTS
 
 
 def trained(device: torch.device, speed: Speed = PLAIN, steps: int = 3) -> tuple[Trainer, list[float]]:
     """Return a small network after some steps on a device, and the losses; the same start each time."""
     settings = small()
     torch.manual_seed(0)
-    network = build_network(settings, 0.1)
-    trainer = Trainer(settings, speed, 0.1, device)
+    network = build_network(settings, 0.1, OUTPUTS)
+    trainer = Trainer(settings, speed, 0.1, device, OUTPUTS)
     trainer.network.load_state_dict(network.state_dict())
     for layer in trainer.network.modules():  # its draws differ between devices
         if isinstance(layer, torch.nn.Dropout):
@@ -112,7 +111,7 @@ def check_compile(device: torch.device) -> Verdict:
         return True, f"not used: {why}"
     settings = small()
     pictures = torch.rand(16, 3, 64, 64, device=device)
-    found = dynamo.explain(build_network(settings, 0.1).to(device))(pictures)
+    found = dynamo.explain(build_network(settings, 0.1, OUTPUTS).to(device))(pictures)
     began = time.perf_counter()
     compiled, _ = trained(device, replace(PLAIN, compiled=True))
     fine, says = as_close(trained(device)[0], compiled, 1e-2)
@@ -123,7 +122,7 @@ def check_compile(device: torch.device) -> Verdict:
 def check_memory_that_ends(device: torch.device) -> Verdict:
     """A batch that doesn't fit is taken in parts, whose gradients add up."""
     settings = read_settings({"profile": "medium", "weights": "none", "batch_size": 64, "processes": 1})
-    trainer = Trainer(settings, replace(usual_speed(settings, device), part=64), 0.1, device)
+    trainer = Trainer(settings, replace(usual_speed(settings, device), part=64), 0.1, device, OUTPUTS)
     held = torch.cuda.memory_reserved(device)
     room = (held + 2.5e9) / torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(room, 1.0), device)
@@ -147,7 +146,7 @@ def check_checkpoint(device: torch.device) -> Verdict:
         train_step(trainer, *batch, 1e-3)
         apart = []
         for way in ways:
-            other = Trainer(settings, way, 0.1, device)
+            other = Trainer(settings, way, 0.1, device, OUTPUTS)
             for layer in other.network.modules():
                 if isinstance(layer, torch.nn.Dropout):
                     layer.p = 0.0

@@ -16,15 +16,15 @@ from efficientnet_pytorch.utils import url_map
 
 from step2.files import read_json, sha256, write_atomically, write_json
 from step2.settings import Recipe, Settings
-from step2.variants import CLASSES, require
+from step2.variants import require
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as its weights expect
 MOUNTED = Path("/kaggle/input")  # where Kaggle shows data sets; there may be no internet beside them
 NARROW = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "dropout_rate": 0.1, "drop_connect_rate": 0.0}
 
 
-def build_network(recipe: Recipe, momentum: float) -> EfficientNet:
-    """Return an EfficientNet with an output for each class and random weights from torch's seed.
+def build_network(recipe: Recipe, momentum: float, outputs: int) -> EfficientNet:
+    """Return an EfficientNet with so many outputs, one a class, and random weights from torch's seed.
 
     It pads for the image size it is built for, so it is always told. Its swish is PyTorch's SiLU: the
     library's own saves memory but is much slower. momentum: of batch norm, the weight of the newest batch.
@@ -32,8 +32,7 @@ def build_network(recipe: Recipe, momentum: float) -> EfficientNet:
     name, narrow = recipe.model_name, {}
     if name == "efficientnet-narrow":  # a quarter of B0's channels, 7 of its 16 blocks
         name, narrow = "efficientnet-b0", NARROW
-    size, outputs = recipe.image_size, len(CLASSES)
-    how = {"image_size": size, "num_classes": outputs, "batch_norm_momentum": 1 - momentum}
+    how = {"image_size": recipe.image_size, "num_classes": outputs, "batch_norm_momentum": 1 - momentum}
     network = EfficientNet.from_name(name, **how, **narrow)
     network.set_swish(memory_efficient=False)
     return network
@@ -111,7 +110,8 @@ def find_weights(settings: Settings) -> InitialWeights:
     if requested not in ("auto", "imagenet", "none"):
         digest = sha256(Path(requested))
         given = InitialWeights(requested, "file", requested, digest, f"initial weights from {requested}")
-        load_initial(build_network(settings, 0.1), given)  # a wrong file is refused now, not in the first run
+        # a wrong file is refused now, not in the first run; its classifier may be for any number of classes
+        load_initial(build_network(settings, 0.1, outputs=2), given)
         return given
     if requested == "none":
         return InitialWeights(requested, "none", "", "", "random initial weights")

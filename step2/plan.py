@@ -34,6 +34,7 @@ from step2.power import detectable_points
 from step2.settings import PROFILES, Settings, read_settings
 from step2.slices import Slices, read_slices
 from step2.speed import (
+    OUTPUTS,
     device_name,
     find_device,
     gpu_memory,
@@ -119,7 +120,7 @@ def network_cost(settings: Settings, half: bool) -> Cost:
 
     for pictures in (1, 2):  # what the second one adds is a picture's
         with FakeTensorMode():
-            network = build_network(settings, 0.1)
+            network = build_network(settings, 0.1, OUTPUTS)
             kept: dict[int, Any] = {}
             hooks = (
                 [layer.register_forward_hook(count) for layer in network.modules()] if pictures == 1 else []

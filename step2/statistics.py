@@ -15,9 +15,10 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, sum_by_patient
+from step2.classes import classes_of
 from step2.estimates import Estimates, mean_estimates, paired_correctness
 from step2.power import detectable_difference
-from step2.variants import BASELINE, CLASSES, step_pairs
+from step2.variants import BASELINE, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
 DRAWS = 10_000  # bootstrap draws of the contrasts
@@ -354,12 +355,13 @@ def score_testing(
 ) -> pd.DataFrame:
     """Return how each variant does on the labelled slices of TestingData, DataFrame; empty without any.
 
-    found: {variant: image, predicted, ...}, in the order of testing. Columns: variant, slices, patients,
+    found: {variant: image, predicted, p_<class>}, in the order of testing. Columns: variant, slices, patients,
     right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals
     are over patients, for these trained networks alone; NaN for fewer than 10 patients.
     """
-    labelled = testing["label"].isin(CLASSES).to_numpy()
-    if not found or not labelled.any():
+    classes = classes_of(next(iter(found.values()))) if found else ()
+    labelled = testing["label"].isin(classes).to_numpy()
+    if not labelled.any():
         return pd.DataFrame()
     where = testing[["label", "patient"]].assign(repeat=1, fold=1)
     tables = [

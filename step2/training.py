@@ -56,11 +56,11 @@ class Trainer:
     part: slices at a time, halved when memory ends. best: weights of the epoch with the lowest held-out loss.
     """
 
-    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device):
+    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device, outputs: int):
         self.recipe, self.part, self.device = recipe, speed.part, device
         self.best: dict[str, torch.Tensor] = {}
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        self.network = build_network(recipe, momentum).to(device, memory_format=self.layout)
+        self.network = build_network(recipe, momentum, outputs).to(device, memory_format=self.layout)
         decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay, fused=speed.fused)
@@ -177,7 +177,7 @@ def train_epoch(
 
 @dataclass(frozen=True)
 class RunInput:
-    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions.
+    """What one run is made of. labels: int (n,) of all slices, 0 to classes - 1; train, held_out: positions.
 
     ends: when training has to be over, in seconds since 1970.
     """
@@ -186,6 +186,7 @@ class RunInput:
     pictures: Path
     images: tuple[str, ...]
     labels: np.ndarray
+    classes: int
     train: np.ndarray
     held_out: np.ndarray
     seed: int
@@ -206,7 +207,8 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
     steps, held_out = steps_per_epoch(len(run.train), size), in_order(run.held_out, size)
-    trainer = Trainer(settings, speed, batch_norm_momentum(steps * settings.epochs), device)
+    momentum = batch_norm_momentum(steps * settings.epochs)
+    trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]

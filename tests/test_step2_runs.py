@@ -16,7 +16,7 @@ from step2_helpers import SIZE, VARIANTS, make_comparison_for, write_pictures
 
 from step2 import engine, files, runs, training
 from step2.explain import draw_cams
-from step2.report import Report, make_caption
+from step2.report import Report, describe_runs, make_caption
 from step2.runs import Run, collect_history, collect_predictions
 from step2.slices import read_slices
 
@@ -244,7 +244,7 @@ def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("done.json", runs.describe_runs),
+        ("done.json", describe_runs),
         ("last.pt", lambda comparison: draw_cams(comparison, collect_predictions(comparison))),
         ("testing-*.csv", lambda comparison: runs.average_testing(comparison, "1_ROI")),
         ("history.csv", runs.collect_history),
@@ -328,7 +328,7 @@ def test_what_made_a_run_is_stored_with_the_run(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     comparison = make_comparison_for(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), folds=1, epochs=2)
     engine.train_all(comparison)
-    facts = runs.describe_runs(comparison)
+    facts = describe_runs(comparison)
     assert {made["torch"] for made in facts["made_with"]["versions"]} > {"0.0.1"}
     assert any("runs differ in their versions" in line for line in facts["fallbacks"])
     json.dumps(facts)
@@ -337,7 +337,7 @@ def test_what_made_a_run_is_stored_with_the_run(data, tmp_path, monkeypatch):
 def test_each_run_says_what_made_it(data, tmp_path):
     for variants, threads in ((("1_ROI",), 2), (("0_Dicom2PNG", "1_ROI"), 1)):
         train(data, tmp_path / "r", variants, threads=threads)
-    facts = runs.describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
+    facts = describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
     threads = {run["variant"]: facts["made_with"]["threads"][run["threads"]] for run in facts["runs"]}
     assert threads == {"0_Dicom2PNG": 1, "1_ROI": 2} and "threads" not in facts["settings"]
 

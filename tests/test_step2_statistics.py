@@ -314,6 +314,7 @@ def score_of(right: dict[str, int], slices: int = 24, patients: int = 12) -> pd.
         variant: pd.DataFrame({"image": images, "predicted": ["epidural"] * n + ["healthy"] * (slices - n)})
         for variant, n in right.items()
     }
+    found = {variant: table.assign(p_healthy=0.5, p_epidural=0.5) for variant, table in found.items()}
     return score_testing(found, testing, n_draws=300)
 
 

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def make_trainer(part: int = 7) -> Trainer:
     """Return a trainer of a network without batch norm, whose gradients must not depend on the parts."""
-    trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU)
+    trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU, 6)
     torch.manual_seed(0)
     trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6))
     trainer.forward = trainer.network

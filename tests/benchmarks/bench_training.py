@@ -78,7 +78,7 @@ def notebook_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
         speed = measure_speed(settings, base, 10_000, device)
     else:
         speed = choose_speed(settings, 10_000, device)
-    trainer = Trainer(settings, speed, 0.1, device)
+    trainer = Trainer(settings, speed, 0.1, device, outputs=6)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
     return (lambda: train_step(trainer, pictures, labels, 1e-6)), speed

@@ -35,8 +35,8 @@ from step2.engine import train_all
 from step2.files import lock_results
 from step2.folds import repeat_folds
 from step2.network import settle_weights
-from step2.report import Report, make_caption
-from step2.runs import average_testing, collect_history, collect_predictions, describe_runs, make_comparison
+from step2.report import Report, describe_runs, make_caption
+from step2.runs import average_testing, collect_history, collect_predictions, make_comparison
 from step2.slices import read_slices
 from step2.variants import choose_variants
 
