@@ -5,9 +5,10 @@
     python Step1_Image_Preprocessing.py --variants 0 2_ROI+CLAHE      # only these two
     python Step1_Image_Preprocessing.py --variants all                # the seven, and those of single steps
     python Step1_Image_Preprocessing.py --roi-window 50,130           # another fixed window for ROI
+    python Step1_Image_Preprocessing.py --rsna D:/rsna --rsna-labels any    # Kaggle's download: bleed or none
 
-Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file.
-         <raw-data>/TestingData_labels.csv (image,label) is optional.
+Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file; the classes
+         are the folders' names, two or more. <raw-data>/TestingData_labels.csv (image,label) is optional.
 Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey; RGB after the step windows
          <output>/manifest.csv, a row per input file; the notebook takes its patients from it
          (blank and head_fraction are known with a variant that masks the head, as ROI does; bone_fraction
@@ -30,6 +31,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import textwrap
 import time
 import unicodedata
 import warnings
@@ -68,6 +70,7 @@ except ImportError:
 
 # ---------------------------------------- configuration: every number stands here, once
 
+# The usual classes, those of RSNA-2019, in the order of every table; others, folders of any name, follow.
 CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
 
 VARIANTS: dict[str, tuple[str, ...]] = {  # folder -> steps after dicom2png; a line more is a variant more
@@ -112,6 +115,7 @@ BONE_RIM_HU = 100  # within BONE_RIM_PIXELS of bone, what is above is half bone 
 BONE_RIM_PIXELS = 2
 BONE_MIN_FRACTION = 0.0025  # of the head: smaller islands are calcified plexus or pineal, no skull
 
+RSNA_CLASSES = {"subtype": CLASSES, "any": ("healthy", "hemorrhage")}  # of --rsna-labels
 RSNA_CANDIDATES = 20  # headers read for each slice wanted, to find many patients among 750,000 slices
 
 CLAHE_CLIP = 5.0
@@ -154,6 +158,7 @@ MANIFEST_COLUMNS = (
 )
 COMMIT_EVERY_S = 2  # a killed run loses the rows of this many seconds at most; their PNGs are made again
 FAILED_SHOWN = 50  # lines at the end; the manifest has them all
+CLASSES_SHOWN = 12  # in the preview and at the end
 
 # RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -1039,30 +1044,53 @@ def without_dcm(name: str) -> str:
     return name[:-4] if name.lower().endswith(".dcm") else name
 
 
+def folded(name: str) -> str:
+    """Return a name without what file systems overlook: case, and how Unicode composes its characters."""
+    return unicodedata.normalize("NFKC", name.casefold())
+
+
+def class_order(labels: Iterable[str]) -> list[str]:
+    """Return classes in the order of every table and figure: the usual ones, then others by name."""
+    return sorted(
+        labels, key=lambda label: (CLASSES.index(label) if label in CLASSES else len(CLASSES), label)
+    )
+
+
+def find_classes(training: Path) -> dict[str, str]:
+    """Return {folded name: class} of the usual classes and of all folders below TrainingData but hidden ones."""
+    classes = {folded(label): label for label in CLASSES}
+    for folder in sorted(training.iterdir()) if training.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            classes.setdefault(folded(folder.name), folder.name)
+    return classes
+
+
 def find_inputs(raw_data: Path) -> Iterator[Input]:
     """Yield every file below TrainingData/<class>/ and TestingData/ but stray ones."""
-    root, test_labels = raw_data.resolve(), read_test_labels(raw_data / "TestingData_labels.csv")
+    root, classes = raw_data.resolve(), find_classes(raw_data / "TrainingData")
+    test_labels = read_test_labels(raw_data / "TestingData_labels.csv", classes)
     unused = set(test_labels)
     for split in ("TrainingData", "TestingData"):
         for path in walk(raw_data / split) if (raw_data / split).exists() else ():
             source = path.relative_to(raw_data).as_posix()
             refusal = refusal_of_path(path, root)
             folder, _, name = source.partition("/")[2].rpartition("/")
-            label = folder.split("/")[0].lower() if split == "TrainingData" else ""
             if split == "TestingData":
                 key = without_dcm(f"{folder}/{name}".lstrip("/"))
                 unused.discard(key)
                 label = test_labels.get(key, "")
-            elif label not in CLASSES:
-                refusal = refusal or f"in no class folder: move it to TrainingData/<{'|'.join(CLASSES)}>"
-                label = ""
+            else:
+                label = classes.get(folded(folder.split("/")[0]), "")
+                refusal = refusal or (
+                    "" if label else "in no class folder: move it to TrainingData/<its class>/"
+                )
             yield Input(source, path, source, "train" if split == "TrainingData" else "test", label, refusal)
     if unused:
         print(f"note: {len(unused)} rows of TestingData_labels.csv name no file, such as {min(unused)!r}")
 
 
-def read_test_labels(path: Path) -> dict[str, str]:
-    """Return {image: class} from TestingData_labels.csv, {} where there is none."""
+def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
+    """Return {image: class} from TestingData_labels.csv, {} where there is none; classes as of find_classes."""
     if not path.exists():
         return {}
     try:
@@ -1071,13 +1099,11 @@ def read_test_labels(path: Path) -> dict[str, str]:
     except (UnicodeError, csv.Error) as err:
         raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
     pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
-    labels = {without_dcm(image): label.lower() for image, label in pairs}
-    wrong = sorted(set(labels.values()) - set(CLASSES))
-    if wrong or "" in labels:
-        raise UsageError(
-            f"{path} needs the columns image,label and labels of {', '.join(CLASSES)}; found {wrong}"
-        )
-    return labels
+    wrong = sorted({label for _, label in pairs if folded(label) not in classes})
+    if wrong or not all(image for image, _ in pairs):
+        known = ", ".join(class_order(classes.values()))
+        raise UsageError(f"{path} needs the columns image,label and labels of {known}; found {wrong}")
+    return {without_dcm(image): classes[folded(label)] for image, label in pairs}
 
 
 # ---------------------------------------- the ledger: what is known of every file, on disk
@@ -1117,12 +1143,10 @@ def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tupl
     *folders, name = without_dcm(target).split("/")
     folders = [f"{part}~" if part.lower().endswith(".png") else part for part in folders]  # no PNG's own name
     stem = "/".join([*folders, name])
-    folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
-    if is_taken(folded) or len(Path(stem).name.encode()) > 240:
+    if is_taken(folded(f"{stem}.png")) or len(Path(stem).name.encode()) > 240:
         folder, _, name = stem.rpartition("/")
         stem = f"{folder}/{name[:50]}~{hashlib.sha256(source.encode()).hexdigest()[:16]}".lstrip("/")
-        folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
-    return f"{stem}.png", folded
+    return f"{stem}.png", folded(f"{stem}.png")
 
 
 def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Path) -> int:
@@ -1133,8 +1157,8 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
     ledger.execute("CREATE TEMP TABLE earlier AS SELECT image, folded FROM files")
     ledger.execute("UPDATE files SET listed = 0, folded = NULL, todo = ''")
 
-    def is_taken(folded: str) -> bool:
-        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (folded,)).fetchone() is not None
+    def is_taken(name: str) -> bool:
+        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (name,)).fetchone() is not None
 
     for found in inputs:
         source, path, target, refusal = found.source, str(found.path), found.target, found.refusal
@@ -1143,14 +1167,14 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
         except UnicodeEncodeError:  # bytes that are no text, possible on Linux alone
             source = target = source.encode(errors="backslashreplace").decode()
             refusal = "its name is not valid Unicode: rename it"
-        image, folded = free_name(target, source, is_taken)
+        image, name = free_name(target, source, is_taken)
         ledger.execute(
             "INSERT INTO files (source, path, image, folded, split, label, listed) "
             "VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (source) DO UPDATE SET "
             "path = excluded.path, folded = excluded.folded, "
             "split = excluded.split, label = excluded.label, listed = 1, image = excluded.image, "
             "fingerprint = CASE WHEN image = excluded.image THEN fingerprint END",
-            (source, "" if refusal else path, image, folded, found.split, found.label),
+            (source, "" if refusal else path, image, name, found.split, found.label),
         )
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
@@ -1254,11 +1278,12 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
     )
 
 
-def read_rsna_labels(path: Path, files: set[str]):
+def read_rsna_labels(path: Path, files: set[str], by: str):
     """Return the slices of stage_2_train.csv that have one class, and count the others.
 
-    The file has a row for each slice and subtype (ID_x_epidural,1). A slice with several subtypes can't be
-    given one class; it is left out, never forced.
+    The file has a row for each slice and subtype (ID_x_epidural,1) and one for any of them (ID_x_any,1).
+    by: "subtype", of which a slice with several is left out, never forced into one class; or "any".
+    Columns slice, label, subtypes (how many it has).
     """
     import pandas as pd  # here, as the worker processes need not wait for it
 
@@ -1273,24 +1298,35 @@ def read_rsna_labels(path: Path, files: set[str]):
     repeated = int(rows.duplicated(["ID", "Label"]).sum())
     rows = rows.drop_duplicates(["ID", "Label"])
     rows[["slice", "subtype"]] = rows["ID"].str.extract(r"(.+)_(\w+)$")
-    if absent := set(CLASSES[1:]) - set(rows["subtype"]):
+    subtypes = list(CLASSES[1:])
+    columns = [*subtypes, "any"] if by == "any" else subtypes
+    if absent := set(columns) - set(rows["subtype"]):
         raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
     contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
-    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(CLASSES)]
-    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=list(CLASSES[1:]))
-    complete = table.dropna()
-    positives = (complete > 0).sum(axis=1)
-    single = complete[positives <= 1]
-    labels = single.gt(0).idxmax(axis=1).where(single.gt(0).any(axis=1), "healthy")
+    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(columns)]
+    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=columns)
+    complete = table.dropna() > 0
+    count = complete[subtypes].sum(axis=1)
+    healthy, bleed = RSNA_CLASSES["any"]
+    if by == "any":
+        usable = complete["any"] == (count > 0)
+        labels = complete["any"].map({False: healthy, True: bleed})
+    else:
+        usable = count <= 1
+        labels = complete.idxmax(axis=1).where(count > 0, healthy)
+    unusable = (
+        "slices whose any contradicts their subtypes" if by == "any" else "slices with several subtypes"
+    )
     left_out = {
         "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
         "rows whose Label is no number": no_number,
         "rows that repeat another": repeated,
         "slices with contradicting rows": len(contradicting),
         "slices without a row for each subtype": len(table) - len(complete),
-        "slices with several subtypes": int((positives > 1).sum()),
+        unusable: int((~usable).sum()),
     }
-    return labels.rename("label").rename_axis("slice").reset_index(), left_out
+    chosen = pd.DataFrame({"label": labels, "subtypes": count})[usable]
+    return chosen.rename_axis("slice").reset_index(), left_out
 
 
 def read_patient_ids(paths: Iterable[Path]) -> Iterator[str]:
@@ -1335,11 +1371,12 @@ def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
     return rows[place < quota].drop(columns="turn").sort_values("slice")
 
 
-def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[Input]:
+def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
     """Choose slices of the RSNA download and return them; print what was taken, what was not, and why."""
+    rsna, per_class, seed, classes = args.rsna, args.per_class, args.seed, RSNA_CLASSES[args.rsna_labels]
     csv_path, paths = find_rsna_files(rsna)
-    labels, left_out = read_rsna_labels(csv_path, set(paths))
-    test_per_class = test // len(CLASSES)
+    labels, left_out = read_rsna_labels(csv_path, set(paths), args.rsna_labels)
+    test_per_class = args.test // len(classes)
     has_file = labels["slice"].isin(paths.keys())
     left_out["slices without a file"] = int((~has_file).sum())
     labels = labels[has_file]
@@ -1353,7 +1390,10 @@ def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[I
     left_out["slices of one class, not needed"] = (
         len(labels) - len(chosen) - left_out["slices without a readable PatientID"]
     )
-    print_rsna_table(labels, chosen, left_out, per_class, test_per_class)
+    quotas = {"train": per_class, "test": test_per_class}
+    print_rsna_table(classes, labels, chosen, quotas)
+    for reason, count in left_out.items():
+        print(f"left out: {count} {reason}")
     if chosen.empty:
         raise UsageError(f"no slice of {rsna} can be used, the table above says why")
     return [
@@ -1370,19 +1410,19 @@ def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[I
     ]
 
 
-def print_rsna_table(labels, chosen, left_out: dict[str, int], per_class: int, test_per_class: int) -> None:
-    """Print slices and patients taken of each class, then how many slices or rows were left out, and why."""
+def print_rsna_table(classes: Iterable[str], labels, chosen, quotas: dict[str, int]) -> None:
+    """Print slices and patients of each class: available, and taken for each split."""
     print(f"{'class':18}{'available':>10}{'training':>10}{'patients':>10}{'testing':>10}{'patients':>10}")
-    for label in CLASSES:
+    for label in classes:
         line, short = f"{label:18}{(labels['label'] == label).sum():10}", []
-        for split, quota in (("train", per_class), ("test", test_per_class)):
+        for split, quota in quotas.items():
             mine = chosen[(chosen["label"] == label) & (chosen["split"] == split)]
             line += f"{len(mine):10}{mine['patient'].nunique():10}"
             if len(mine) < quota:
                 short.append(f"{quota - len(mine)} too few for {split}ing")
         print(line + ("  missing" if label not in set(chosen["label"]) else "  " + ", ".join(short)))
-    for reason, count in left_out.items():
-        print(f"left out: {count} {reason}")
+    if several := int((chosen["subtypes"] > 1).sum()):
+        print(f"of those taken, {several} slices have several subtypes")
 
 
 # ---------------------------------------- running: processes here, or a Dask cluster
@@ -1618,7 +1658,8 @@ def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
         "WHERE label = ? AND status = 'ok' AND blank != '1' "
         "ORDER BY split = 'train' DESC, slices DESC, bone_fraction + 0, source LIMIT 1"
     )
-    return [row for label in CLASSES for row in ledger.execute(best, (label,))]
+    labels = (row["label"] for row in ledger.execute("SELECT DISTINCT label FROM files WHERE label != ''"))
+    return [row for label in class_order(labels) for row in ledger.execute(best, (label,))][:CLASSES_SHOWN]
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -1664,9 +1705,8 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
         write("\n+".join(filter(None, ("+".join(words[:2]), "+".join(words[2:])))), left + j * tile + 4, 18)
     for i, row in enumerate(shown + near):
         y = top + i * tile
-        write(
-            row["label"] if i < len(shown) else f"{row['label']},\nthe middle,\nfull size", 4, y + tile // 2
-        )
+        name = textwrap.fill(row["label"], 16)  # as many letters as fit
+        write(name if i < len(shown) else f"{name},\nthe middle,\nfull size", 4, y + tile // 2)
         for j, variant in enumerate(variants):
             picture = read_picture(output / variant / row["image"])
             picture = fit(picture, side) if i < len(shown) else middle(picture, row, side)
@@ -1675,6 +1715,23 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
     grey = sheet if (sheet != sheet[..., :1]).any() else sheet[..., 0]
     if variants:
         write_atomically(output / "preview.png", cv2.imencode(".png", grey)[1].tobytes(), output)
+
+
+def print_classes(ledger: sqlite3.Connection) -> None:
+    """Print how many slices of each class there are to train with, and what a comparison lacks."""
+    where = "split = 'train' AND status = 'ok'"
+    found = ledger.execute(f"SELECT label, count(*) FROM files WHERE {where} GROUP BY label")
+    counts = dict(found)
+    if not counts:
+        return
+    lines = [f"{label} {counts[label]}" for label in class_order(counts)]
+    more = len(lines) - CLASSES_SHOWN
+    print(f"training slices: {', '.join(lines[:CLASSES_SHOWN])}{f', and {more} classes more' * (more > 0)}")
+    missing = [label for label in CLASSES if label not in counts]
+    if 0 < len(missing) < len(CLASSES):
+        print(f"note: no training slice of {', '.join(missing)}")
+    if len(counts) == 1:
+        print("note: one class is nothing to compare; put slices of another into TrainingData/<its name>/")
 
 
 def print_report(ledger: sqlite3.Connection, written: int) -> int:
@@ -1710,7 +1767,7 @@ def run(args: argparse.Namespace) -> int:
         ledger = open_ledger(args.output)
         stack.callback(ledger.close)
         settings = Settings(args.output.resolve(), args.roi_window, read_patient_key(args.output))
-        rsna = args.rsna and find_rsna_inputs(args.rsna, args.per_class, args.test, args.seed)
+        rsna = args.rsna and find_rsna_inputs(args)
         if removed := list_inputs(ledger, rsna or find_inputs(args.raw_data), args.output):
             print(f"removed the pictures of {removed} inputs that are gone or were moved")
         plan(ledger, args, run_identity(settings))
@@ -1735,6 +1792,8 @@ def run(args: argparse.Namespace) -> int:
             )
         if not preview.exists():
             draw_preview(ledger, args.output)
+        if not rsna:
+            print_classes(ledger)
         failed = print_report(ledger, written)
         ledger.execute("COMMIT")
     print(f"{args.output}: {time.monotonic() - started:.1f} s, {args.dask or f'{args.jobs} processes'}")
@@ -1812,6 +1871,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
     )
+    both = "subtype: slices with one subtype at most, six classes; any: all slices, healthy and hemorrhage"
+    add("--rsna-labels", f"classes of --rsna, {both}", "subtype", choices=RSNA_CLASSES)
     add("--per-class", "training slices of each class, with --rsna", 1000, type=whole_number, metavar="N")
     zero_or_more = partial(whole_number, smallest=0)
     add(
@@ -1829,8 +1890,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, path.absolute())
     args.input = args.rsna or args.raw_data
     args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
-    if 0 < args.test < len(CLASSES):
-        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {len(CLASSES)} or more")
+    if args.rsna and 0 < args.test < (count := len(RSNA_CLASSES[args.rsna_labels])):
+        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {count} or more")
     if not args.rsna and not any(
         (args.raw_data / split).is_dir() for split in ("TrainingData", "TestingData")
     ):
@@ -1860,4 +1921,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # classes of any letters
     sys.exit(main())
