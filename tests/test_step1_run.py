@@ -160,7 +160,8 @@ def test_head_columns_that_a_killed_run_left_empty_are_filled_by_the_next(raw):
     run(raw)
     complete = (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8")
     ledger = sqlite3.connect(raw.parent / "out" / ".ledger.sqlite3")
-    ledger.execute("UPDATE files SET blank = '', head_fraction = '', bone_fraction = '', crop = ''")
+    lost = "made = '0_Dicom2PNG', blank = '', head_fraction = '', bone_fraction = '', crop = ''"
+    ledger.execute(f"UPDATE files SET {lost}")
     ledger.commit()
     ledger.close()
     run(raw, "--variants", "0")
