@@ -5,9 +5,10 @@
     python Step1_Image_Preprocessing.py --variants 0 2_ROI+CLAHE      # only these two
     python Step1_Image_Preprocessing.py --variants all                # the seven, and those of single steps
     python Step1_Image_Preprocessing.py --roi-window 50,130           # another fixed window for ROI
+    python Step1_Image_Preprocessing.py --rsna D:/rsna --rsna-labels any    # Kaggle's download: bleed or none
 
-Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file.
-         <raw-data>/TestingData_labels.csv (image,label) is optional.
+Input:   <raw-data>/TrainingData/<class>/**  and  <raw-data>/TestingData/**, one CT slice a file; the classes
+         are the folders' names, two or more. <raw-data>/TestingData_labels.csv (image,label) is optional.
 Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey; RGB after the step windows
          <output>/manifest.csv, a row per input file; the notebook takes its patients from it
          (blank and head_fraction are known with a variant that masks the head, as ROI does; bone_fraction
@@ -16,6 +17,8 @@ Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey; RGB after
 
 A second run does only what is missing or changed. A file that can't be used costs only itself: it becomes a
 row of the manifest with its reason. Exit status: 0 all good, 1 some file failed, 2 usage error.
+
+The chapters: the variants and every number; pixels; one file; many files; where they come from; command line.
 """
 
 import argparse
@@ -30,25 +33,25 @@ import signal
 import sqlite3
 import struct
 import sys
+import textwrap
 import time
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, islice
 from logging import CRITICAL, NullHandler, getLogger
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
-import joblib
 import numpy as np
 import pydicom
 from pebble import ProcessExpired, ProcessPool
@@ -57,8 +60,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_rescale, apply_voi, apply_windowing, get_decoder, pixel_array
-from pydicom.valuerep import DSfloat
+from pydicom.pixels import apply_voi, get_decoder, pixel_array
 from tqdm import tqdm
 
 try:
@@ -66,8 +68,9 @@ try:
 except ImportError:
     resource = None  # type: ignore[assignment]
 
-# ---------------------------------------- configuration: every number stands here, once
+# ---------------------------------------- the variants and every number, once
 
+# The usual classes, those of RSNA-2019, in the order of every table; others, folders of any name, follow.
 CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
 
 VARIANTS: dict[str, tuple[str, ...]] = {  # folder -> steps after dicom2png; a line more is a variant more
@@ -112,8 +115,6 @@ BONE_RIM_HU = 100  # within BONE_RIM_PIXELS of bone, what is above is half bone 
 BONE_RIM_PIXELS = 2
 BONE_MIN_FRACTION = 0.0025  # of the head: smaller islands are calcified plexus or pineal, no skull
 
-RSNA_CANDIDATES = 20  # headers read for each slice wanted, to find many patients among 750,000 slices
-
 CLAHE_CLIP = 5.0
 CLAHE_TILES = (8, 8)
 BILATERAL_DIAMETER = 20  # px
@@ -121,14 +122,13 @@ BILATERAL_SIGMA_COLOR = 50  # grey levels
 BILATERAL_SIGMA_SPACE = 50  # px
 BILATERAL_STRIP = 16  # rows filtered in one go; fewer follow the head's outline closer, more cost fewer calls
 
-MAX_PIXELS = 16_000_000  # no CT slice has more; a header that claims more would only eat memory
-MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels and a generous header
+MAX_SIDE = 4000  # pixels; no CT slice has more, a header that claims more would only eat memory
+MAX_DATASET = 96 << 20  # bytes of a deflated data set: that many pixels squared and a generous header
 MEMORY_LIMIT = 2 << 30  # bytes that one file may take
 TIME_LIMIT_S = 60  # that one file may take; a decoder that takes longer hangs
 POOL_STARTS = 5  # of the processes together, should something outside kill them
 DASK_PATIENCE_S = 40  # without any Dask worker; a nanny or a batch system starts one again in less
-STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
-STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
+COMMIT_EVERY_S = 2  # a killed run loses the rows of this many seconds at most; their PNGs are made again
 
 DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, as pydicom's own order varies
     uid.JPEGBaseline8Bit: ("pillow", "pillow"),
@@ -152,8 +152,13 @@ MANIFEST_COLUMNS = (
     *("window_center", "window_width", "window_source", "hu_repaired", "blank", "head_fraction"),
     *("bone_fraction", "crop", "warnings", "fingerprint"),
 )
-COMMIT_EVERY_S = 2  # a killed run loses the rows of this many seconds at most; their PNGs are made again
 FAILED_SHOWN = 50  # lines at the end; the manifest has them all
+CLASSES_SHOWN = 12  # in the preview and at the end
+STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
+STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
+
+RSNA_CLASSES = {"subtype": CLASSES, "any": ("healthy", "hemorrhage")}  # of --rsna-labels
+RSNA_CANDIDATES = 20  # headers read for each slice wanted, to find many patients among 750,000 slices
 
 # RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -166,6 +171,265 @@ class UnsuitableFile(Exception):
 
 class UsageError(Exception):
     """What the user asked for can't be done; its text says why and what to do."""
+
+
+# ---------------------------------------- pixels: stored values -> HU
+
+
+def numbers(ds: Dataset, keyword: str) -> list[float]:
+    """Return all values of a numeric element: [] where absent or empty, [nan] where one is no number."""
+    try:
+        value = ds.get(keyword)  # converts the stored bytes
+        values = value if isinstance(value, MultiValue) else [] if value in (None, "") else [value]
+        return [float(v) for v in values]
+    except (ValueError, TypeError, ArithmeticError):
+        return [math.nan]
+
+
+def first_number(ds: Dataset, keyword: str) -> float:
+    """Return the first value of a numeric element, nan where there is none."""
+    return next(iter(numbers(ds, keyword)), math.nan)
+
+
+def texts(ds: Dataset, keyword: str) -> list[str]:
+    """Return all values of a text element in upper case, [""] where absent."""
+    value = ds.get(keyword)
+    return [str(v).strip().upper() for v in (value if isinstance(value, MultiValue) else [value or ""])]
+
+
+def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
+    """Return where the scanner wrote padding, bool (rows, columns) (DICOM PS3.3 C.7.5.1.1.2)."""
+    lowest, count = np.iinfo(stored.dtype).min, 2.0 ** (8 * stored.dtype.itemsize)
+    values, limit = (  # real files have them with the wrong sign, but the right bits
+        [(value - lowest) % count + lowest for value in numbers(ds, keyword)]
+        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    )
+    if values and limit:
+        low, high = sorted((values[0], limit[0]))
+        return (stored >= low) & (stored <= high)
+    return np.isin(stored, values)
+
+
+def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
+    """Return HU, float32 (rows, columns), and whether wrapped values were repaired (PS3.3 C.11.1).
+
+    The wrap: RSNA-2019's 12-bit unsigned slices with an intercept near 0, found and repaired first by
+    J. Howard (Kaggle, RSNA Intracranial Hemorrhage Detection, 2019).
+    """
+    slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
+    padded, unused = padding_mask(stored, ds), 8 * stored.dtype.itemsize - ds.BitsStored
+    if unused > 0:  # old scanners kept overlays there; signed values keep their sign
+        stored = (stored << unused) >> unused
+    wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100
+    if wrapped:
+        stored, intercept = (stored.astype(np.int32) + 1000) % 4096, -1000
+    hu = (stored * slope + intercept).astype(np.float32)
+    hu[padded] = AIR_HU
+    impossible = np.count_nonzero(hu < -10_000) + np.count_nonzero(hu > 20_000)
+    if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
+        beyond = "over 1 % of the pixels are below -10,000 or above 20,000 HU"
+        raise UnsuitableFile(f"{beyond}: RescaleSlope/Intercept (0028,1053/1052)?")
+    return hu, wrapped
+
+
+# ---------------------------------------- pixels: HU -> grey
+
+
+def voi_function(ds: Dataset) -> str:
+    """Return VOILUTFunction (0028,1056), LINEAR where absent (DICOM PS3.3 C.11.2.1.3)."""
+    return texts(ds, "VOILUTFunction")[0] or "LINEAR"
+
+
+def header_window(ds: Dataset) -> tuple[float, float] | None:
+    """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
+    above_0 = np.nextafter(0, 1)
+    smallest = {"LINEAR": 1, "LINEAR_EXACT": above_0, "SIGMOID": above_0}.get(voi_function(ds), np.inf)
+    pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
+    return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest), None)
+
+
+def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
+    """Map HU, of any shape, to uint8 grey by a VOI window (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    Black and white are the window's own ends.
+    """
+    center, width = window
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    grey = hu.astype(np.float64)  # changed in place, which is several times faster
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # exp(710); a LINEAR width of 1
+        grey -= center
+        grey /= width
+        if function == "SIGMOID":
+            grey = 255 / (1 + np.exp(-4 * grey))
+        else:
+            grey += 0.5
+            grey *= 255
+        np.fmax(grey, 0, out=grey)  # 0 / 0, at the centre of a width of 1, is black
+        np.minimum(grey, 255, out=grey)
+    return np.rint(grey, out=grey).astype(np.uint8)
+
+
+def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
+    """Return the picture that the header asks for, uint8 (rows, columns), and its manifest fields."""
+    fields: dict[str, Any] = {"window_source": "header"}
+    if ds.get("VOILUTSequence"):
+        with refusing("VOILUTSequence (0028,3010) can't be applied", "export it again, or remove it"):
+            _, first, depth = ds.VOILUTSequence[0].LUTDescriptor
+            if first > 32767:  # no HU is that high: a negative one, written without its sign
+                ds.VOILUTSequence[0].LUTDescriptor[1] = first - 65536
+            shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
+        grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
+    else:
+        window, function = header_window(ds), voi_function(ds)
+        if not window:
+            window, function, fields["window_source"] = BRAIN_WINDOW, "LINEAR", "default"
+        grey = window_to_grey(hu, window, function)
+        fields |= {"window_center": window[0], "window_width": window[1]}
+    if texts(ds, "PhotometricInterpretation") == ["MONOCHROME1"]:  # PS3.3 C.7.6.3.1.2: the lowest is white
+        grey = 255 - grey
+    return grey, fields
+
+
+# ---------------------------------------- pixels: masks, from HU
+
+
+def distance_to(mask: np.ndarray) -> np.ndarray:
+    """Return each pixel's distance to the nearest True pixel, float32 (rows, columns), in pixels."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf, np.float32)
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+
+
+def enlarge(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return a bool mask of every second row and column at its full size (rows, columns) again."""
+    return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the 4-connected pieces of a bool mask as labels (0 = none), and how many labels there are."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    return labels, count
+
+
+def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
+    """Return for each label whether it occurs where a bool mask is True; False for label 0."""
+    found = np.zeros(count, bool)
+    found[labels[where & (labels > 0)]] = True
+    return found
+
+
+def holder_walls(labels: np.ndarray, bony: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Return the hard pieces that are long, no bone and partly outside, bool: a holder's walls."""
+    walls = np.zeros(labels.shape, bool)
+    for label in np.flatnonzero(found_in(labels, len(bony), outside) & ~bony):
+        piece = labels == label
+        _, _, width, height = cv2.boundingRect(piece.astype(np.uint8))
+        if max(width, height) > WALL_LENGTH * min(labels.shape):
+            walls |= piece
+    return walls
+
+
+def head_and_others(thick: np.ndarray, bone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most of the thick bodies that hang together by bone, with that bone, and other large bodies.
+
+    All are bool (rows, columns).
+    """
+    labels, count = pieces(thick | bone)
+    areas = np.bincount(labels[thick], minlength=count)
+    head = labels == areas.argmax()
+    others = (areas > OTHER_AREA * min(thick.shape) ** 2).take(labels) & thick & ~head
+    return head, others
+
+
+def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """Return the bool mask grown by so many pixels to all sides, corners included."""
+    kernel = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    return cv2.dilate(mask.astype(np.uint8), kernel).astype(bool)
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Return the mask with everything that it encloses."""
+    canvas = np.pad(mask, 1).astype(np.uint8)
+    cv2.floodFill(canvas, None, (0, 0), 2)
+    return canvas[1:-1, 1:-1] != 2
+
+
+def head_mask(hu: np.ndarray) -> np.ndarray:
+    """Return the head, bool (rows, columns): skin and all within, but no table, holder, cable or air around.
+
+    The head's core is the largest body that survives an erosion, and the others that the skull joins to it:
+    air cells in the petrous bone and sinuses make a slice fall apart, but table, pillow and hand share no
+    bone with the head. Thin things that touch the core are kept where they are soft and short (ears, nose),
+    cut where they are hard or long (head holder, cushion). All False for a slice without a head.
+    """
+    tissue = hu > TISSUE_HU
+    half, width = tissue[::2, ::2], min(hu.shape) / 2  # distances need no more; the mask's edge is tissue's
+    from_air = cv2.distanceTransform(np.pad(half, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    thick = from_air > CORE_RADIUS * width
+    if not thick.any():
+        return np.zeros(hu.shape, bool)
+    hard, count = pieces(hu > HARD_HU)
+    bony = found_in(hard, count, hu >= WALL_MAX_HU)  # bone is dense somewhere
+    gap = np.ones((2 * round(BONE_GAP * width / 2) + 1,) * 2, np.uint8)
+    bone = cv2.morphologyEx(bony.take(hard[::2, ::2]).astype(np.uint8), cv2.MORPH_CLOSE, gap).astype(bool)
+    head, others = head_and_others(thick, bone)
+    from_center = distance_to(head & thick)
+    core = half & (from_center <= CORE_RADIUS * width)  # morphological opening
+
+    from_core = distance_to(core | head)
+    enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
+    walls = holder_walls(hard, bony, enlarge(~core & ~enclosed, hu.shape))
+    del hard  # a lower peak, so that less memory goes back to the system and is asked for again
+    core = enlarge(from_center <= CORE_RADIUS * width, hu.shape)
+    tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
+    core = tissue & enlarge(from_center <= (CORE_RADIUS + CORE_MARGIN) * width, hu.shape)
+    thin = tissue & ~core
+    labels, count = pieces(thin)
+    far = enlarge(others | (from_core >= EAR_REACH * width), hu.shape)
+    near = found_in(labels, count, grow(core, 1)) & ~found_in(labels, count, far)
+    core[thin] = near[labels[thin]]  # take would make int64 of all labels
+    return fill_holes(core)
+
+
+def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """Return the skull, bool (rows, columns): dense pieces of the head with a core above BONE_SEED_HU.
+
+    Judged in HU, never by grey level: blood (up to about 100 HU) is white in a narrow window, yet no bone.
+    """
+    labels, count = pieces(head & (hu > BONE_EDGE_HU))
+    areas = np.bincount(labels[labels > 0], minlength=count)
+    large = areas > BONE_MIN_FRACTION * head.sum()
+    bone = (large & found_in(labels, count, hu > BONE_SEED_HU)).take(labels)
+    return bone | (head & (hu > BONE_RIM_HU) & grow(bone, BONE_RIM_PIXELS))
+
+
+def square_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the square (x0, y0, x1, y1) round what is True, moved into the image where it sticks out.
+
+    All of the image where nothing is True. A side longer than the image stays outside it: see crop.
+    """
+    rows, columns = mask.shape
+    if not mask.any():
+        return 0, 0, columns, rows
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    side = max(w, h)
+    x0 = min(max(x + w // 2 - side // 2, 0), max(columns - side, 0))
+    y0 = min(max(y + h // 2 - side // 2, 0), max(rows - side, 0))
+    return x0, y0, x0 + side, y0 + side
+
+
+def crop(array: np.ndarray, box: tuple[int, int, int, int], fill: float) -> np.ndarray:
+    """Cut a box out of an array, grey or colour; what lies beyond the right and lower edge is filled."""
+    x0, y0, x1, y1 = box
+    part = array[y0:y1, x0:x1]
+    if part.shape[:2] == (y1 - y0, x1 - x0):
+        return np.ascontiguousarray(part)
+    missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]), (0, 0))
+    return np.pad(part, missing[: array.ndim], constant_values=fill)
+
+
+# ---------------------------------------- pixels: the steps, CTSlice in, CTSlice out
 
 
 class Scan:
@@ -211,502 +475,6 @@ class CTSlice:
     image: np.ndarray
     mask: np.ndarray
     box: tuple[int, int, int, int]
-
-
-# ---------------------------------------- DICOM: header and stored values -> HU -> grey
-
-
-@contextmanager
-def refusing(what: str, remedy: str):
-    """Turn whatever pydicom or a decoder raises inside into an UnsuitableFile that says what to do.
-
-    Broken bytes make these libraries raise almost anything, so this, alone, catches it all.
-    """
-    try:
-        yield
-    except UnsuitableFile:
-        raise
-    except MemoryError as err:
-        raise UnsuitableFile(
-            f"{what}: it takes more than {MEMORY_LIMIT >> 30} GB of memory: {remedy}"
-        ) from err
-    except BaseException as err:
-        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":  # of decoders in Rust
-            raise
-        raise UnsuitableFile(f"{what} ({one_line(err)}): {remedy}") from err
-
-
-def one_line(err: BaseException | str) -> str:
-    """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
-    text = " ".join(str(err).split()) or type(err).__name__
-    return re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text)[:160]
-
-
-def to_float(value: Any) -> float:
-    """Return a header's value as a float, nan where it is no number."""
-    try:
-        return float(value)
-    except (ValueError, TypeError):
-        return math.nan
-
-
-def numbers(ds: Dataset, keyword: str) -> list[float]:
-    """Return all values of a numeric element: [] where absent or empty, nan for what is no number."""
-    try:
-        value = ds.get(keyword)
-    except (ValueError, TypeError, ArithmeticError):  # pydicom could not convert the stored bytes
-        return [math.nan]
-    values = list(value) if isinstance(value, MultiValue) else [] if value in (None, "") else [value]
-    return [to_float(v) for v in values]
-
-
-def first_number(ds: Dataset, keyword: str) -> float:
-    """Return the first value of a numeric element, nan where there is none."""
-    return next(iter(numbers(ds, keyword)), math.nan)
-
-
-def texts(ds: Dataset, keyword: str) -> list[str]:
-    """Return all values of a text element in upper case, [] where absent."""
-    value = ds.get(keyword)
-    return [str(v).strip().upper() for v in (value if isinstance(value, MultiValue) else [value or ""])]
-
-
-def check_is_ct_slice(ds: Dataset) -> None:
-    """Raise UnsuitableFile unless the header describes one grey CT slice in HU (DICOM PS3.3 C.8.2.1)."""
-
-    def refuse(wrong: bool, reason: str) -> None:
-        if wrong:
-            raise UnsuitableFile(reason)
-
-    sides = first_number(ds, "Rows"), first_number(ds, "Columns")
-    high, stored, allocated = (first_number(ds, k) for k in ("HighBit", "BitsStored", "BitsAllocated"))
-    slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
-    no_hu = "HU unknown, export the original series"
-    refuse("DirectoryRecordSequence" in ds, "a DICOMDIR, an index of other files: remove it")
-    refuse(
-        "FloatPixelData" in ds or "DoubleFloatPixelData" in ds, "float pixels (7FE0,0008/0009): no CT slice"
-    )
-    refuse(texts(ds, "Modality") != ["CT"], "Modality (0008,0060) is not CT: remove the file")
-    refuse("PixelData" not in ds, "no image, PixelData (7FE0,0010) is absent: remove the file")
-    refuse("LOCALIZER" in texts(ds, "ImageType"), "ImageType (0008,0008) says LOCALIZER, a scout: remove it")
-    refuse(
-        first_number(ds, "NumberOfFrames") > 1,
-        "NumberOfFrames (0028,0008): multi-frame, split it into slices",
-    )
-    refuse(
-        ds.get("SOPClassUID") in ENHANCED_CT,
-        "SOPClassUID (0008,0016): enhanced CT, convert it to single slices",
-    )
-    refuse(
-        texts(ds, "PhotometricInterpretation") not in (["MONOCHROME1"], ["MONOCHROME2"])
-        or first_number(ds, "SamplesPerPixel") > 1,
-        "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file",
-    )
-    refuse(not min(sides) >= 1, "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again")
-    refuse(
-        max(sides) ** 2 > MAX_PIXELS,  # noblank makes the slice square
-        f"Rows x Columns (0028,0010/0011) claim {sides[0]:.0f} x {sides[1]:.0f} pixels: no CT slice",
-    )
-    refuse(
-        first_number(ds, "PixelRepresentation") not in (0, 1),
-        "PixelRepresentation (0028,0103) is neither 0 nor 1: sign of the values unknown, export it again",
-    )
-    refuse(
-        not 1 <= stored <= allocated <= 32 or high != stored - 1,
-        "HighBit (0028,0102) is not BitsStored (0028,0101) - 1, or these are absent: export it again",
-    )
-    refuse(not math.isfinite(intercept), f"RescaleIntercept (0028,1052) is absent or no number: {no_hu}")
-    refuse(
-        not math.isfinite(slope) or slope == 0, f"RescaleSlope (0028,1053) is absent, 0 or no number: {no_hu}"
-    )
-
-
-def check_inflated_size(path: Path) -> None:
-    """Raise UnsuitableFile where a deflated data set (PS3.5 A.5) is larger than any CT slice, before pydicom
-    would take the memory for it."""
-    with path.open("rb") as file:
-        if uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(4096):
-            return
-        meta = read_file_meta_info(path)
-        file.seek(128 + 4 + 12 + meta.FileMetaInformationGroupLength)  # preamble, DICM, the length's element
-        inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while not inflater.eof:
-            data = inflater.unconsumed_tail or file.read(2**16)
-            total += len(inflater.decompress(data, 2**20))
-            if not data:
-                raise UnsuitableFile("truncated, the deflated data have no end: export it again")
-            if total > MAX_DATASET:
-                raise UnsuitableFile(
-                    f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, remove the file"
-                )
-
-
-def read_dicom(path: Path) -> Dataset:
-    """Read one DICOM file, also without preamble (PS3.10 7.1), and check that it is a CT slice."""
-    if not path.is_file():
-        raise UnsuitableFile("no regular file, or gone since the run began: remove it or run again")
-    try:
-        with refusing("not DICOM or damaged", "export it again"):
-            check_inflated_size(path)
-            ds = pydicom.dcmread(
-                path, force=True, defer_size=2**22
-            )  # bytes; larger pixels wait for the checks
-    except UnsuitableFile as err:
-        if isinstance(err.__cause__, OSError):
-            raise UnsuitableFile("unreadable: check the permissions and the disk") from err
-        raise
-    if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
-        known = (
-            "truncated, it ends within its header or pixels"
-            if getattr(ds, "file_meta", None)
-            else "not DICOM"
-        )
-        raise UnsuitableFile(f"{known}: export it again, or remove it")
-    with refusing("damaged header", "export it again"):
-        if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
-            # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
-            ds.file_meta = FileMetaDataset()
-            ds.file_meta.TransferSyntaxUID = PLAIN_SYNTAXES[ds.original_encoding]
-        check_is_ct_slice(ds)
-    return ds
-
-
-def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
-    """Return (rows, columns, components) that a compressed frame claims, None where it says nothing.
-
-    JPEG and JPEG-LS: the frame header (ITU-T T.81 B.2.2, T.87 C.2.2); JPEG 2000: SIZ (ITU-T T.800 A.5.1).
-    """
-    siz = stream.find(b"\xff\x4f\xff\x51")
-    if siz >= 0 and len(stream) >= siz + 42:
-        x1, y1, x0, y0 = struct.unpack_from(">4I", stream, siz + 8)
-        return y1 - y0, x1 - x0, struct.unpack_from(">H", stream, siz + 40)[0]
-    position = 2 if stream[:2] == b"\xff\xd8" else len(stream)
-    while position + 10 <= len(stream) and stream[position] == 0xFF:
-        marker = stream[position + 1]
-        if marker in (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7):
-            rows, columns, components = struct.unpack_from(">HHB", stream, position + 5)
-            return rows, columns, components
-        position += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", stream, position + 2)[0]
-    return None
-
-
-def check_pixel_size(ds: Dataset) -> None:
-    """Raise UnsuitableFile where PixelData is not of the size that the header says.
-
-    Some archives append bytes to uncompressed pixels: as in viewers, they do no harm, but a warning tells.
-    """
-    syntax, expected = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1)
-    if not syntax.is_encapsulated:
-        length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
-        if length > right + right % 2:
-            warnings.warn(f"PixelData (7FE0,0010) is {length - right} bytes too long, cut off", stacklevel=2)
-            ds.PixelData = ds.PixelData[: right + right % 2]
-        if length < right:
-            raise UnsuitableFile(
-                f"PixelData (7FE0,0010) has {length} bytes, Rows x Columns x BitsAllocated make {right}: "
-                "truncated or damaged, export it again"
-            )
-    elif syntax != uid.RLELossless:
-        claimed = codestream_size(get_frame(ds.PixelData, 0, number_of_frames=1))
-        if claimed != expected:
-            raise UnsuitableFile(
-                f"the codestream in PixelData (7FE0,0010) claims {claimed} rows, columns, components, the "
-                f"header {expected}: damaged, export it again"
-            )
-
-
-def decode(ds: Dataset) -> np.ndarray:
-    """Return the stored values, integer (rows, columns), decoded by the one plugin named in DECODERS."""
-    syntax = ds.file_meta.TransferSyntaxUID
-    plugin, package = DECODERS.get(syntax, ("", ""))
-    if not plugin and syntax not in (*PLAIN_SYNTAXES.values(), uid.DeflatedExplicitVRLittleEndian):
-        raise UnsuitableFile(
-            f"TransferSyntaxUID (0002,0010) {syntax.name}: not supported, export uncompressed"
-        )
-    if plugin and plugin not in get_decoder(syntax).available_plugins:
-        raise UnsuitableFile(
-            f"no decoder for TransferSyntaxUID (0002,0010) {syntax.name}: pip install {package}"
-        )
-    with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
-        check_pixel_size(ds)
-        stored = pixel_array(ds, decoding_plugin=plugin)
-    if stored.shape != (ds.Rows, ds.Columns):
-        raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
-    return stored
-
-
-def mask_unused_bits(stored: np.ndarray, ds: Dataset) -> np.ndarray:
-    """Clear the bits above BitsStored, where old scanners kept overlays; signed values keep their sign."""
-    unused = 8 * stored.dtype.itemsize - ds.BitsStored
-    return (stored << unused) >> unused if unused > 0 else stored
-
-
-def repair_12bit_wrap(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
-    """Undo the wrap of RSNA-2019's 12-bit unsigned slices with an intercept near 0; sets the true intercept.
-
-    Found and repaired first by J. Howard (Kaggle, RSNA Intracranial Hemorrhage Detection, 2019).
-    """
-    unsigned12 = ds.BitsStored == 12 and ds.PixelRepresentation == 0
-    if not unsigned12 or first_number(ds, "RescaleIntercept") <= -100:
-        return stored, False
-    ds.RescaleIntercept = -1000
-    return (stored.astype(np.int32) + 1000) % 4096, True
-
-
-def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
-    """Return where the scanner wrote padding, bool (rows, columns) (DICOM PS3.3 C.7.5.1.1.2)."""
-    lowest, count = np.iinfo(stored.dtype).min, 2.0 ** (8 * stored.dtype.itemsize)
-    values, limit = (  # real files have them with the wrong sign, but the right bits
-        [(value - lowest) % count + lowest for value in numbers(ds, keyword)]
-        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
-    )
-    if values and limit:
-        low, high = sorted((values[0], limit[0]))
-        return (stored >= low) & (stored <= high)
-    return np.isin(stored, values)
-
-
-def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
-    """Return HU, float32 (rows, columns), and whether wrapped values were repaired (PS3.3 C.11.1)."""
-    padded = padding_mask(stored, ds)
-    stored, repaired = repair_12bit_wrap(mask_unused_bits(stored, ds), ds)
-    for keyword in ("RescaleSlope", "RescaleIntercept"):
-        if len(numbers(ds, keyword)) > 1:  # against the standard, yet seen; the first counts, as for windows
-            setattr(ds, keyword, first_number(ds, keyword))
-    hu = apply_rescale(stored, ds).astype(np.float32)
-    hu[padded] = AIR_HU
-    impossible = np.count_nonzero(hu < -10_000) + np.count_nonzero(hu > 20_000)
-    if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
-        raise UnsuitableFile(
-            "over 1 % of the pixels are below -10,000 or above 20,000 HU: RescaleSlope/Intercept?"
-        )
-    return hu, repaired
-
-
-def header_window(ds: Dataset) -> tuple[float, float] | None:
-    """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
-    smallest = {"LINEAR": 1, "LINEAR_EXACT": np.nextafter(0, 1), "SIGMOID": np.nextafter(0, 1)}
-    if voi_function(ds) not in smallest:
-        return None
-    pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
-    return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest[voi_function(ds)]), None)
-
-
-def voi_function(ds: Dataset) -> str:
-    """Return VOILUTFunction (0028,1056), LINEAR where absent (DICOM PS3.3 C.11.2.1.3)."""
-    return texts(ds, "VOILUTFunction")[0] or "LINEAR"
-
-
-def apply_window(hu: np.ndarray, window: tuple[float, float], function: str) -> np.ndarray:
-    """Map HU, of any shape, to uint8 grey by a VOI window (PS3.3 C.11.2.1.2)."""
-    voi = Dataset()
-    voi.PhotometricInterpretation, voi.PixelRepresentation, voi.BitsStored = "MONOCHROME2", 0, 8  # 0..255 out
-    voi.WindowCenter, voi.WindowWidth = (DSfloat(value, auto_format=True) for value in window)
-    voi.VOILUTFunction = function
-    with np.errstate(over="ignore"):  # far below a narrow SIGMOID exp is infinite, and the grey 0
-        return np.rint(apply_windowing(hu, voi)).astype(np.uint8)
-
-
-GREY_TABLES: dict = {}  # of the windows seen so far; no lru_cache, as --dask could not send one
-
-
-def grey_table(window: tuple[float, float], function: str) -> np.ndarray:
-    """Return the grey of 0, 1, ... 32767, -32768, ... -1 HU, uint8 (65536,): the order of 16-bit patterns."""
-    if (window, function) not in GREY_TABLES:
-        if len(GREY_TABLES) >= 64:  # windows; a whole archive has few
-            GREY_TABLES.clear()
-        every = np.arange(2**16, dtype=np.uint16).view(np.int16).astype(np.float32)
-        GREY_TABLES[window, function] = apply_window(every, window, function)
-    return GREY_TABLES[window, function]
-
-
-def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
-    """Map HU to uint8 grey by a VOI window; black and white are the window's own ends."""
-    if hu.min() >= -(2**15) and hu.max() < 2**15:
-        whole = hu.astype(np.int16)
-        if (whole == hu).all():  # a look-up gives the same grey, sooner
-            return grey_table(window, function).take(whole.view(np.uint16))
-    return apply_window(hu, window, function)
-
-
-def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
-    """Return the picture that the header asks for, uint8 (rows, columns), and its manifest fields."""
-    window, function = header_window(ds), voi_function(ds)
-    fields: dict[str, Any]
-    if ds.get("VOILUTSequence"):
-        with refusing(
-            "VOILUTSequence (0028,3010) can't be applied", "export it again, or remove the sequence"
-        ):
-            _, first, depth = ds.VOILUTSequence[0].LUTDescriptor
-            if first > 32767:  # no HU is that high: a negative one, written without its sign
-                ds.VOILUTSequence[0].LUTDescriptor[1] = first - 65536
-            shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
-        grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
-        fields = {"window_source": "header"}
-    elif window:
-        grey = window_to_grey(hu, window, function)
-        fields = {"window_center": window[0], "window_width": window[1], "window_source": "header"}
-    else:
-        grey = window_to_grey(hu, BRAIN_WINDOW)
-        center, width = BRAIN_WINDOW
-        fields = {"window_center": center, "window_width": width, "window_source": "default"}
-    if texts(ds, "PhotometricInterpretation") == ["MONOCHROME1"]:  # PS3.3 C.7.6.3.1.2: the lowest is white
-        grey = 255 - grey
-    return grey, fields
-
-
-# ---------------------------------------- masks, from HU
-
-
-def distance_to(mask: np.ndarray) -> np.ndarray:
-    """Return each pixel's distance to the nearest True pixel, float32 (rows, columns), in pixels."""
-    if not mask.any():
-        return np.full(mask.shape, np.inf, np.float32)
-    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
-
-
-def enlarge(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return a bool mask of every second row and column at its full size (rows, columns) again."""
-    return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
-
-
-def pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the 4-connected pieces of a bool mask as labels (0 = none), and how many labels there are."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
-    return labels, count
-
-
-def areas_of(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return each piece's area in pixels, 0 for label 0."""
-    return np.bincount(labels[labels > 0], minlength=count)
-
-
-def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
-    """Return for each label whether it occurs where a bool mask is True; False for label 0."""
-    found = np.zeros(count, bool)
-    found[labels[where & (labels > 0)]] = True
-    return found
-
-
-def hard_pieces(hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hard pieces as labels (0 = none), and for each label whether it is bone, dense somewhere."""
-    labels, count = pieces(hu > HARD_HU)
-    return labels, found_in(labels, count, hu >= WALL_MAX_HU)
-
-
-def holder_walls(labels: np.ndarray, bony: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Return the hard pieces that are long, no bone and partly outside, bool: a holder's walls."""
-    walls = np.zeros(labels.shape, bool)
-    for label in np.flatnonzero(found_in(labels, len(bony), outside) & ~bony):
-        piece = labels == label
-        _, _, width, height = cv2.boundingRect(piece.astype(np.uint8))
-        if max(width, height) > WALL_LENGTH * min(labels.shape):
-            walls |= piece
-    return walls
-
-
-def close_gaps(mask: np.ndarray, width: float) -> np.ndarray:
-    """Return the bool mask with gaps up to this wide, in pixels, closed."""
-    kernel = np.ones((2 * round(width / 2) + 1,) * 2, np.uint8)
-    return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel).astype(bool)
-
-
-def head_and_others(thick: np.ndarray, bone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most of the thick bodies that hang together by bone, with that bone, and other large bodies.
-
-    All are bool (rows, columns).
-    """
-    labels, count = pieces(thick | bone)
-    areas = np.bincount(labels[thick], minlength=count)
-    head = labels == areas.argmax()
-    others = (areas > OTHER_AREA * min(thick.shape) ** 2).take(labels) & thick & ~head
-    return head, others
-
-
-def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """Return the bool mask grown by so many pixels to all sides, corners included."""
-    kernel = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
-    return cv2.dilate(mask.astype(np.uint8), kernel).astype(bool)
-
-
-def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """Return the mask with everything that it encloses."""
-    canvas = np.pad(mask, 1).astype(np.uint8)
-    cv2.floodFill(canvas, None, (0, 0), 2)
-    return canvas[1:-1, 1:-1] != 2
-
-
-def head_mask(hu: np.ndarray) -> np.ndarray:
-    """Return the head, bool (rows, columns): skin and all within, but no table, holder, cable or air around.
-
-    The head's core is the largest body that survives an erosion, and the others that the skull joins to it:
-    air cells in the petrous bone and sinuses make a slice fall apart, but table, pillow and hand share no
-    bone with the head. Thin things that touch the core are kept where they are soft and short (ears, nose),
-    cut where they are hard or long (head holder, cushion). All False for a slice without a head.
-    """
-    tissue = hu > TISSUE_HU
-    half, width = tissue[::2, ::2], min(hu.shape) / 2  # distances need no more; the mask's edge is tissue's
-    from_air = cv2.distanceTransform(np.pad(half, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    thick = from_air > CORE_RADIUS * width
-    if not thick.any():
-        return np.zeros(hu.shape, bool)
-    hard, bony = hard_pieces(hu)
-    head, others = head_and_others(thick, close_gaps(bony.take(hard[::2, ::2]), BONE_GAP * width))
-    from_center = distance_to(head & thick)
-    core = half & (from_center <= CORE_RADIUS * width)  # morphological opening
-
-    from_core = distance_to(core | head)
-    enclosed = distance_to(from_core > CLOSE_RADIUS * width) > CLOSE_RADIUS * width  # morphological closing
-    walls = holder_walls(hard, bony, enlarge(~core & ~enclosed, hu.shape))
-    del hard  # a lower peak, so that less memory goes back to the system and is asked for again
-    core = enlarge(from_center <= CORE_RADIUS * width, hu.shape)
-    tissue &= ~grow(walls, 1) & (core | ~grow(walls, WALL_EDGE_PIXELS))
-    core = tissue & enlarge(from_center <= (CORE_RADIUS + CORE_MARGIN) * width, hu.shape)
-    thin = tissue & ~core
-    labels, count = pieces(thin)
-    far = enlarge(others | (from_core >= EAR_REACH * width), hu.shape)
-    near = found_in(labels, count, grow(core, 1)) & ~found_in(labels, count, far)
-    core[thin] = near[labels[thin]]  # take would make int64 of all labels
-    return fill_holes(core)
-
-
-def bone_mask(hu: np.ndarray, head: np.ndarray) -> np.ndarray:
-    """Return the skull, bool (rows, columns): dense pieces of the head with a core above BONE_SEED_HU.
-
-    Judged in HU, never by grey level: blood (up to about 100 HU) is white in a narrow window, yet no bone.
-    """
-    labels, count = pieces(head & (hu > BONE_EDGE_HU))
-    large = areas_of(labels, count) > BONE_MIN_FRACTION * head.sum()
-    bone = (large & found_in(labels, count, hu > BONE_SEED_HU)).take(labels)
-    return bone | (head & (hu > BONE_RIM_HU) & grow(bone, BONE_RIM_PIXELS))
-
-
-def square_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the square (x0, y0, x1, y1) round what is True, moved into the image where it sticks out.
-
-    All of the image where nothing is True. A side longer than the image stays outside it: see crop.
-    """
-    rows, columns = mask.shape
-    if not mask.any():
-        return 0, 0, columns, rows
-    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-    side = max(w, h)
-    x0 = min(max(x + w // 2 - side // 2, 0), max(columns - side, 0))
-    y0 = min(max(y + h // 2 - side // 2, 0), max(rows - side, 0))
-    return x0, y0, x0 + side, y0 + side
-
-
-def crop(array: np.ndarray, box: tuple[int, int, int, int], fill: float) -> np.ndarray:
-    """Cut a box out of an array, grey or colour; what lies beyond the right and lower edge is filled."""
-    x0, y0, x1, y1 = box
-    part = array[y0:y1, x0:x1]
-    if part.shape[:2] == (y1 - y0, x1 - x0):
-        return np.ascontiguousarray(part)
-    missing = ((0, y1 - y0 - part.shape[0]), (0, x1 - x0 - part.shape[1]), (0, 0))
-    return np.pad(part, missing[: array.ndim], constant_values=fill)
-
-
-# ---------------------------------------- the steps: CTSlice in, CTSlice out
 
 
 def show(ct: CTSlice, image: np.ndarray) -> CTSlice:
@@ -857,17 +625,175 @@ def is_blank(hu: np.ndarray, head: np.ndarray) -> bool:
     return bool(hu.min() == hu.max() or np.mean(head & (hu > 0)) < BLANK_FRACTION)
 
 
-# ---------------------------------------- one file, in a worker process
+# ---------------------------------------- one file: read and check
+
+
+@contextmanager
+def refusing(what: str, remedy: str):
+    """Turn whatever pydicom or a decoder raises inside into an UnsuitableFile that says what to do.
+
+    Broken bytes make these libraries raise almost anything, so this, alone, catches it all.
+    """
+    try:
+        yield
+    except (UnsuitableFile, MemoryError):
+        raise
+    except BaseException as err:
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":  # of decoders in Rust
+            raise
+        raise UnsuitableFile(f"{what} ({one_line(err)}): {remedy}") from err
+
+
+def one_line(err: BaseException | str) -> str:
+    """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
+    text = " ".join(str(err).split()) or type(err).__name__
+    return re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text)[:160]
+
+
+def check_is_ct_slice(ds: Dataset) -> None:
+    """Raise UnsuitableFile unless the header describes one grey CT slice in HU (DICOM PS3.3 C.8.2.1)."""
+    rows, columns, frames = (first_number(ds, k) for k in ("Rows", "Columns", "NumberOfFrames"))
+    high, stored, allocated = (first_number(ds, k) for k in ("HighBit", "BitsStored", "BitsAllocated"))
+    grey = texts(ds, "PhotometricInterpretation") in (["MONOCHROME1"], ["MONOCHROME2"])
+    grey = grey and not first_number(ds, "SamplesPerPixel") > 1
+    known_sign = first_number(ds, "PixelRepresentation") in (0, 1)
+    slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
+    size, no_hu = f"{rows:.0f} x {columns:.0f}", "HU unknown, export the original series"
+    fits = {
+        "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
+        "float pixels (7FE0,0008): no CT slice": "FloatPixelData" not in ds,
+        "float pixels (7FE0,0009): no CT slice": "DoubleFloatPixelData" not in ds,
+        "Modality (0008,0060) is not CT: remove the file": texts(ds, "Modality") == ["CT"],
+        "no image, PixelData (7FE0,0010) is absent: remove the file": "PixelData" in ds,
+        "ImageType (0008,0008) says LOCALIZER, a scout: remove it": "LOCALIZER" not in texts(ds, "ImageType"),
+        "NumberOfFrames (0028,0008): multi-frame, split it into slices": not frames > 1,
+        "SOPClassUID (0008,0016): enhanced CT, split it into slices": ds.get("SOPClassUID")
+        not in ENHANCED_CT,
+        "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file": grey,
+        "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": min(rows, columns) >= 1,
+        f"Rows x Columns (0028,0010/0011) claim {size} pixels: no CT slice": max(rows, columns) <= MAX_SIDE,
+        "PixelRepresentation (0028,0103) is not 0 or 1, sign unknown: export it again": known_sign,
+        "BitsStored (0028,0101) is absent or wrong: export it again": 1 <= stored <= allocated <= 32,
+        "HighBit (0028,0102) is not BitsStored (0028,0101) - 1: export it again": high == stored - 1,
+        f"RescaleIntercept (0028,1052) is absent or no number: {no_hu}": math.isfinite(intercept),
+        f"RescaleSlope (0028,1053) is absent, 0 or no number: {no_hu}": math.isfinite(slope) and slope != 0,
+    }
+    for fault, fine in fits.items():
+        if not fine:
+            raise UnsuitableFile(fault)
+
+
+def check_inflated_size(path: Path) -> None:
+    """Raise UnsuitableFile where a deflated data set (PS3.5 A.5) is larger than any CT slice, before pydicom
+    would take the memory for it."""
+    with path.open("rb") as file:
+        if uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(4096):
+            return
+        file.seek(128 + 4 + 12 + read_file_meta_info(path).FileMetaInformationGroupLength)
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        size = len(inflater.decompress(file.read(MAX_DATASET), MAX_DATASET))
+    if size == MAX_DATASET:
+        raise UnsuitableFile(f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, remove the file")
+    if not inflater.eof:
+        raise UnsuitableFile("truncated, the deflated data have no end: export it again")
+
+
+def read_dicom(path: Path) -> Dataset:
+    """Read one DICOM file, also without preamble (PS3.10 7.1), and check that it is a CT slice."""
+    if not path.is_file():
+        raise UnsuitableFile("no regular file, or gone since the run began: remove it or run again")
+    with refusing("not DICOM or damaged", "export it again"):
+        try:
+            check_inflated_size(path)
+            ds = pydicom.dcmread(path, force=True, defer_size=2**22)  # bytes; more waits for the checks
+        except OSError as err:
+            raise UnsuitableFile("unreadable: check the permissions and the disk") from err
+    if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
+        cut = "truncated, it ends within its header or pixels"
+        what = cut if getattr(ds, "file_meta", None) else "not DICOM"
+        raise UnsuitableFile(f"{what}: export it again, or remove it")
+    with refusing("damaged header", "export it again"):
+        if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
+            # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
+            ds.file_meta = FileMetaDataset()
+            ds.file_meta.TransferSyntaxUID = PLAIN_SYNTAXES[ds.original_encoding]
+        check_is_ct_slice(ds)
+    return ds
+
+
+def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
+    """Return (rows, columns, components) that a compressed frame claims, None where it says nothing.
+
+    JPEG and JPEG-LS: the frame header (ITU-T T.81 B.2.2, T.87 C.2.2); JPEG 2000: SIZ (ITU-T T.800 A.5.1).
+    """
+    siz = stream.find(b"\xff\x4f\xff\x51")
+    if siz >= 0 and len(stream) >= siz + 42:
+        x1, y1, x0, y0 = struct.unpack_from(">4I", stream, siz + 8)
+        return y1 - y0, x1 - x0, struct.unpack_from(">H", stream, siz + 40)[0]
+    position = 2 if stream[:2] == b"\xff\xd8" else len(stream)
+    while position + 10 <= len(stream) and stream[position] == 0xFF:
+        marker = stream[position + 1]
+        if marker == 0xF7 or (0xC0 <= marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns, components = struct.unpack_from(">HHB", stream, position + 5)
+            return rows, columns, components
+        position += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", stream, position + 2)[0]
+    return None
+
+
+def check_pixel_size(ds: Dataset) -> None:
+    """Raise UnsuitableFile where PixelData is not of the size that the header says.
+
+    Some archives append bytes to uncompressed pixels: as in viewers, they do no harm, but a warning tells.
+    """
+    syntax, expected, tag = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1), "PixelData (7FE0,0010)"
+    if not syntax.is_encapsulated:
+        length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
+        if length > right + right % 2:
+            warnings.warn(f"{tag} is {length - right} bytes too long, cut off", stacklevel=2)
+            ds.PixelData = ds.PixelData[: right + right % 2]
+        if length < right:
+            wrong = f"{tag} has {length} bytes, Rows x Columns x BitsAllocated make {right}"
+            raise UnsuitableFile(f"{wrong}: truncated or damaged, export it again")
+    elif syntax != uid.RLELossless:
+        claimed = codestream_size(get_frame(ds.PixelData, 0, number_of_frames=1))
+        if claimed != expected:
+            wrong = f"the codestream in {tag} claims {claimed} rows, columns, components"
+            raise UnsuitableFile(f"{wrong}, the header {expected}: damaged, export it again")
+
+
+def decode(ds: Dataset) -> np.ndarray:
+    """Return the stored values, integer (rows, columns), decoded by the one plugin named in DECODERS."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    plugin, package = DECODERS.get(syntax, ("", ""))
+    named = f"TransferSyntaxUID (0002,0010) {syntax.name}"
+    if not plugin and syntax not in (*PLAIN_SYNTAXES.values(), uid.DeflatedExplicitVRLittleEndian):
+        raise UnsuitableFile(f"{named}: not supported, export uncompressed")
+    if plugin and plugin not in get_decoder(syntax).available_plugins:
+        raise UnsuitableFile(f"no decoder for {named}: pip install {package}")
+    with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
+        check_pixel_size(ds)
+        stored = pixel_array(ds, decoding_plugin=plugin)
+    if stored.shape != (ds.Rows, ds.Columns):
+        raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
+    return stored
+
+
+# ---------------------------------------- one file: convert, in a worker process
 
 
 @dataclass(frozen=True)
 class Task:
-    """One input file: its path, its PNG under each variant folder, the variants to write."""
+    """One input file: its path, its PNG under each variant folder, the variants to write.
+
+    made: all variants that there will be, whose steps tell what the manifest knows.
+    """
 
     source: str
     path: Path
     image: str
     variants: tuple[str, ...]
+    made: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -888,17 +814,11 @@ def pseudonym(patient_id: object, key: bytes) -> str:
 def write_atomically(path: Path, data: bytes, output: Path) -> None:
     """Write a file so that it is there whole or not at all, whenever the process ends."""
     temporary = output / ".tmp" / secrets.token_hex(8)
-
-    def write() -> None:
+    for folder in (temporary.parent, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
         temporary.write_bytes(data)
         temporary.replace(path)
-
-    try:
-        write()
-    except FileNotFoundError:  # the first file of its folder
-        for folder in (temporary.parent, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        write()
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -908,39 +828,25 @@ def convert(task: Task, settings: Settings) -> dict:
     ds = read_dicom(task.path)
     with refusing("damaged header", "export it again"):
         hu, repaired = hounsfield(decode(ds), ds)
-        grey, window_fields = dicom2png(hu, ds)
-        patient = pseudonym(ds.get("PatientID"), settings.patient_key)
+        grey, fields = dicom2png(hu, ds)
+        fields["patient"] = pseudonym(ds.get("PatientID"), settings.patient_key)
     ct = whole_slice(hu, grey, settings.roi_window)
     after = step_runner(ct)
     for variant in task.variants:
         png = encode_png(after(KNOWN_VARIANTS[variant]).image)
         write_atomically(settings.output / variant / task.image, png, settings.output)
-    return {
-        "status": "ok",
-        "patient": patient,
-        "rows": hu.shape[0],
-        "columns": hu.shape[1],
-        **window_fields,
-        "hu_repaired": int(repaired),
-        **found_by_steps(ct.scan, task.variants),
-    }
-
-
-def finds(variants: Iterable[str]) -> tuple[bool, bool]:
-    """Tell whether these variants' steps look for the head, and whether they look for its skull too."""
-    steps = set(single_steps(chain.from_iterable(KNOWN_VARIANTS[v] for v in variants)))
-    skull = bool(steps & {"noskull", "crop"})
-    return skull or "mask" in steps, skull
+    fields |= {"status": "ok", "rows": hu.shape[0], "columns": hu.shape[1], "hu_repaired": int(repaired)}
+    return fields | found_by_steps(ct.scan, {*task.made, *task.variants})
 
 
 def found_by_steps(scan: Scan, variants: Iterable[str]) -> dict:
-    """Return the manifest fields of what the steps of these variants found in a slice."""
-    head, skull = finds(variants)
+    """Return the manifest fields of what the steps of these variants find in a slice: the head, its skull."""
+    steps = set(single_steps(chain.from_iterable(KNOWN_VARIANTS[v] for v in variants)))
     fields: dict[str, Any] = {}
-    if head:
+    if steps & {"mask", "noskull", "crop"}:
         fields["blank"] = int(is_blank(scan.hu, scan.head))
         fields["head_fraction"] = round(float(scan.head.mean()), 4)
-    if skull:
+    if steps & {"noskull", "crop"}:
         fields["bone_fraction"] = round(float(scan.bone.sum()) / max(int(scan.head.sum()), 1), 4)
         fields["crop"] = "{} {} {} {}".format(*scan.box)
     return fields
@@ -953,9 +859,9 @@ def guarded():
     Out of memory raises MemoryError or ends the process, out of time ends it: whoever runs the processes sees
     that and goes on with the next file.
     """
-    soft = hard = None
-    if resource and Path("/proc/self/statm").exists():
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * resource.getpagesize()
+    statm, soft, hard = Path("/proc/self/statm"), None, None
+    if resource and statm.exists():
+        used = int(statm.read_text(encoding="ascii").split()[5]) * resource.getpagesize()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = used + MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(used + MEMORY_LIMIT, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -987,7 +893,7 @@ def process(task: Task, settings: Settings) -> dict:
     return row | {"warnings": "; ".join(sorted({one_line(w.message) for w in caught}))}
 
 
-# ---------------------------------------- finding the inputs
+# ---------------------------------------- many files: the ledger, what is known of each, on disk
 
 
 @dataclass(frozen=True)
@@ -1002,95 +908,14 @@ class Input:
     refusal: str = ""
 
 
-def is_stray(name: str) -> bool:
-    """Tell whether a file is none that anybody would take for a slice, to be passed over silently."""
-    lower = name.lower()
-    return name.startswith(".") or lower in STRAY_FILES or Path(lower).suffix in STRAY_ENDINGS
-
-
-def walk(top: Path) -> Iterator[Path]:
-    """Yield what lies below a folder in a fixed order; of linked and unreadable folders, these themselves."""
-    unreadable: list[OSError] = []
-    for folder, subfolders, names in os.walk(top, onerror=unreadable.append):
-        subfolders.sort()
-        linked = [name for name in subfolders if Path(folder, name).is_symlink()]
-        yield from (Path(folder, name) for name in sorted(names + linked) if not is_stray(name))
-    yield from (Path(err.filename) for err in unreadable)
-
-
-def refusal_of_path(path: Path, root: Path) -> str:
-    """Return why a path can't be used, '' where it can: links that loop, end nowhere or leave the input."""
-    if path.is_dir():
-        return "a linked or unreadable folder: put the folder itself here, check the permissions"
-    if path.is_symlink():
-        try:
-            inside = path.resolve(strict=True).is_relative_to(root)
-        except (OSError, RuntimeError):  # ends nowhere; loops
-            return "a link that ends nowhere: remove it"
-        if not inside:
-            return (
-                "a link out of the input folder: copy the file here, or name its own folder with --raw-data"
-            )
-    return ""
-
-
-def without_dcm(name: str) -> str:
-    """Return a name without a final .dcm; whatever other dots it has stay."""
-    return name[:-4] if name.lower().endswith(".dcm") else name
-
-
-def find_inputs(raw_data: Path) -> Iterator[Input]:
-    """Yield every file below TrainingData/<class>/ and TestingData/ but stray ones."""
-    root, test_labels = raw_data.resolve(), read_test_labels(raw_data / "TestingData_labels.csv")
-    unused = set(test_labels)
-    for split in ("TrainingData", "TestingData"):
-        for path in walk(raw_data / split) if (raw_data / split).exists() else ():
-            source = path.relative_to(raw_data).as_posix()
-            refusal = refusal_of_path(path, root)
-            folder, _, name = source.partition("/")[2].rpartition("/")
-            label = folder.split("/")[0].lower() if split == "TrainingData" else ""
-            if split == "TestingData":
-                key = without_dcm(f"{folder}/{name}".lstrip("/"))
-                unused.discard(key)
-                label = test_labels.get(key, "")
-            elif label not in CLASSES:
-                refusal = refusal or f"in no class folder: move it to TrainingData/<{'|'.join(CLASSES)}>"
-                label = ""
-            yield Input(source, path, source, "train" if split == "TrainingData" else "test", label, refusal)
-    if unused:
-        print(f"note: {len(unused)} rows of TestingData_labels.csv name no file, such as {min(unused)!r}")
-
-
-def read_test_labels(path: Path) -> dict[str, str]:
-    """Return {image: class} from TestingData_labels.csv, {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeError, csv.Error) as err:
-        raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
-    pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
-    labels = {without_dcm(image): label.lower() for image, label in pairs}
-    wrong = sorted(set(labels.values()) - set(CLASSES))
-    if wrong or "" in labels:
-        raise UsageError(
-            f"{path} needs the columns image,label and labels of {', '.join(CLASSES)}; found {wrong}"
-        )
-    return labels
-
-
-# ---------------------------------------- the ledger: what is known of every file, on disk
-
-
 def open_ledger(output: Path) -> sqlite3.Connection:
     """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
     (output / ".tmp").mkdir(parents=True, exist_ok=True)
-    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "listed", "due", "todo")
-    ledger = sqlite3.connect(path, timeout=1, isolation_level=None)
+    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "listed", "made")
+    ledger = sqlite3.connect(path, timeout=1)
     ledger.row_factory = sqlite3.Row
     try:
-        ledger.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ledger.execute("PRAGMA locking_mode = EXCLUSIVE")  # a commit does not let go of it
         ledger.execute("BEGIN EXCLUSIVE")
         found = tuple(row["name"] for row in ledger.execute("PRAGMA table_info(files)"))
         if found != columns:  # none, or of another version
@@ -1108,6 +933,30 @@ def open_ledger(output: Path) -> sqlite3.Connection:
     return ledger
 
 
+def count_files(ledger: sqlite3.Connection, where: str) -> int:
+    """Return how many files a condition holds for."""
+    return ledger.execute(f"SELECT count(*) FROM files WHERE {where}").fetchone()[0]
+
+
+def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[sqlite3.Row]:
+    """Yield rows in order of source, a page in memory at a time; the table may change meanwhile."""
+    last = ""
+    query = f"SELECT * FROM files WHERE source > ? AND {where} ORDER BY source LIMIT ?"
+    while rows := ledger.execute(query, (last, size)).fetchall():
+        yield from rows
+        last = rows[-1]["source"]
+
+
+def folded(name: str) -> str:
+    """Return a name without what file systems overlook: case, and how Unicode composes its characters."""
+    return unicodedata.normalize("NFKC", name.casefold())
+
+
+def without_dcm(name: str) -> str:
+    """Return a name without a final .dcm; whatever other dots it has stay."""
+    return name[:-4] if name.lower().endswith(".dcm") else name
+
+
 def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tuple[str, str]:
     """Return a file's PNG, a path under the variant folder, and that path with case and Unicode form folded.
 
@@ -1116,13 +965,11 @@ def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tupl
     """
     *folders, name = without_dcm(target).split("/")
     folders = [f"{part}~" if part.lower().endswith(".png") else part for part in folders]  # no PNG's own name
-    stem = "/".join([*folders, name])
-    folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
-    if is_taken(folded) or len(Path(stem).name.encode()) > 240:
-        folder, _, name = stem.rpartition("/")
-        stem = f"{folder}/{name[:50]}~{hashlib.sha256(source.encode()).hexdigest()[:16]}".lstrip("/")
-        folded = unicodedata.normalize("NFKC", f"{stem}.png".casefold())
-    return f"{stem}.png", folded
+    image = "/".join([*folders, f"{name}.png"])
+    if is_taken(folded(image)) or len(name.encode()) > 240:
+        own = hashlib.sha256(source.encode()).hexdigest()[:16]
+        image = "/".join([*folders, f"{name[:50]}~{own}.png"])
+    return image, folded(image)
 
 
 def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Path) -> int:
@@ -1131,10 +978,10 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
     Pictures of inputs that are gone, or were moved to another class, are removed; returns their number.
     """
     ledger.execute("CREATE TEMP TABLE earlier AS SELECT image, folded FROM files")
-    ledger.execute("UPDATE files SET listed = 0, folded = NULL, todo = ''")
+    ledger.execute("UPDATE files SET listed = 0, folded = NULL")
 
-    def is_taken(folded: str) -> bool:
-        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (folded,)).fetchone() is not None
+    def is_taken(name: str) -> bool:
+        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (name,)).fetchone() is not None
 
     for found in inputs:
         source, path, target, refusal = found.source, str(found.path), found.target, found.refusal
@@ -1143,14 +990,14 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
         except UnicodeEncodeError:  # bytes that are no text, possible on Linux alone
             source = target = source.encode(errors="backslashreplace").decode()
             refusal = "its name is not valid Unicode: rename it"
-        image, folded = free_name(target, source, is_taken)
+        image, name = free_name(target, source, is_taken)
         ledger.execute(
             "INSERT INTO files (source, path, image, folded, split, label, listed) "
             "VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (source) DO UPDATE SET "
             "path = excluded.path, folded = excluded.folded, "
             "split = excluded.split, label = excluded.label, listed = 1, image = excluded.image, "
             "fingerprint = CASE WHEN image = excluded.image THEN fingerprint END",
-            (source, "" if refusal else path, image, folded, found.split, found.label),
+            (source, "" if refusal else path, image, name, found.split, found.label),
         )
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
@@ -1167,16 +1014,6 @@ def remove_pictures(output: Path, image: str) -> bool:
     return bool(there)
 
 
-def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[sqlite3.Row]:
-    """Yield rows in order of source, a page in memory at a time; the table may change meanwhile."""
-    last = ""
-    while rows := ledger.execute(
-        f"SELECT * FROM files WHERE source > ? AND {where} ORDER BY source LIMIT ?", (last, size)
-    ).fetchall():
-        yield from rows
-        last = rows[-1]["source"]
-
-
 def fingerprint(path: Path, identity: str) -> str:
     """Return a hash of what a file's PNGs depend on: its size and times, and the run's identity.
 
@@ -1190,42 +1027,32 @@ def fingerprint(path: Path, identity: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def lacks(row: sqlite3.Row, variant: str) -> bool:
-    """Tell whether a row lacks what a variant's steps find; a run killed after the PNGs left it without."""
-    head, skull = finds([variant])
-    return bool((head and not row["blank"]) or (skull and not row["crop"]))
-
-
-def plan(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> None:
-    """Note for each file the variants to write; none where everything is up to date.
+def due_tasks(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> Iterator[Task]:
+    """Yield a task for each file that has variants to write, none where everything is up to date.
 
     Where the input, settings or code changed, variants that are on disk are made again even if not asked for,
     so that one folder never mixes two settings.
     """
-    for row in pages(ledger, "path != ''"):
+    usable = "path != ''"
+    total = count_files(ledger, usable)
+    for row in tqdm(pages(ledger, usable), total=total, desc="converting", unit="slice", disable=None):
         due = fingerprint(Path(row["path"]), identity)
-        same = row["status"] == "ok" and row["fingerprint"] == due
-        exists = {v for v in KNOWN_VARIANTS if (args.output / v / row["image"]).exists()}
-        wanted = {v for v in args.variants if args.force or not same or v not in exists or lacks(row, v)}
-        todo = " ".join(v for v in KNOWN_VARIANTS if v in wanted or (v in exists and not same))
-        ledger.execute("UPDATE files SET due = ?, todo = ? WHERE source = ?", (due, todo, row["source"]))
+        there = {v for v in KNOWN_VARIANTS if (args.output / v / row["image"]).exists()}
+        todo = {*args.variants, *there}
+        if row["status"] == "ok" and row["fingerprint"] == due:
+            there &= set(row["made"].split())
+            todo = {v for v in args.variants if args.force or v not in there}
+        if todo:
+            write, made = (tuple(v for v in KNOWN_VARIANTS if v in some) for some in (todo, todo | there))
+            yield Task(row["source"], Path(row["path"]), row["image"], write, made, due)
 
 
 def record(ledger: sqlite3.Connection, source: str, fields: dict) -> None:
-    """Write what became of a file into the ledger.
-
-    What this run did not find out, as the head where no ROI variant was due, stays known from an earlier run
-    if nothing has changed since.
-    """
-    kept = ("source", "image", "split", "label", "fingerprint")
-    columns = [column for column in MANIFEST_COLUMNS if column not in kept]
-    unknown = None if fields["status"] == "ok" else ""
-    values = [str(fields[column]) if column in fields else unknown for column in columns]
-    known = "CASE WHEN status = 'ok' AND fingerprint = due THEN {0} ELSE '' END"
-    changes = ", ".join(f"{column} = coalesce(?, {known.format(column)})" for column in columns)
-    ledger.execute(
-        f"UPDATE files SET {changes}, fingerprint = due, todo = '' WHERE source = ?", (*values, source)
-    )
+    """Write what became of a file into the ledger, all that is known of it."""
+    columns = {*MANIFEST_COLUMNS, "made"} - {"source", "image", "split", "label"}
+    values = {column: str(fields.get(column, "")) for column in columns}
+    changes = ", ".join(f"{column} = :{column}" for column in values)
+    ledger.execute(f"UPDATE files SET {changes} WHERE source = :source", {**values, "source": source})
 
 
 def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
@@ -1238,207 +1065,42 @@ def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
     temporary.replace(output / "manifest.csv")
 
 
-# ---------------------------------------- Kaggle's RSNA-2019 download
-
-
-def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
-    """Return the label file of the unpacked download and {slice id: path} of its training slices."""
-    for top in (rsna, rsna / "rsna-intracranial-hemorrhage-detection"):
-        for folder in (top / "stage_2_train_images", top / "stage_2_train"):
-            if (top / "stage_2_train.csv").is_file() and folder.is_dir():
-                entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
-                paths = (Path(entry.path) for entry in entries if entry.is_file())
-                return top / "stage_2_train.csv", {path.stem: path for path in paths}
-    raise UsageError(
-        f"{rsna} has no stage_2_train.csv beside stage_2_train_images/: unpack the download there"
-    )
-
-
-def read_rsna_labels(path: Path, files: set[str]):
-    """Return the slices of stage_2_train.csv that have one class, and count the others.
-
-    The file has a row for each slice and subtype (ID_x_epidural,1). A slice with several subtypes can't be
-    given one class; it is left out, never forced.
-    """
-    import pandas as pd  # here, as the worker processes need not wait for it
-
-    try:
-        rows = pd.read_csv(path, dtype=str)
-    except (UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
-        raise UsageError(f"{path} can't be read ({one_line(err)}): unpack the download again") from err
-    if not {"ID", "Label"} <= set(rows.columns):
-        raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
-    rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
-    no_number = int(rows["Label"].isna().sum())
-    repeated = int(rows.duplicated(["ID", "Label"]).sum())
-    rows = rows.drop_duplicates(["ID", "Label"])
-    rows[["slice", "subtype"]] = rows["ID"].str.extract(r"(.+)_(\w+)$")
-    if absent := set(CLASSES[1:]) - set(rows["subtype"]):
-        raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
-    contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
-    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(CLASSES)]
-    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=list(CLASSES[1:]))
-    complete = table.dropna()
-    positives = (complete > 0).sum(axis=1)
-    single = complete[positives <= 1]
-    labels = single.gt(0).idxmax(axis=1).where(single.gt(0).any(axis=1), "healthy")
-    left_out = {
-        "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
-        "rows whose Label is no number": no_number,
-        "rows that repeat another": repeated,
-        "slices with contradicting rows": len(contradicting),
-        "slices without a row for each subtype": len(table) - len(complete),
-        "slices with several subtypes": int((positives > 1).sum()),
-    }
-    return labels.rename("label").rename_axis("slice").reset_index(), left_out
-
-
-def read_patient_ids(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the PatientID of each file, '' where it can't be read."""
-    for path in paths:
-        try:
-            with refusing("unreadable header", ""):
-                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-                yield str(ds.get("PatientID") or "")
-        except UnsuitableFile:
-            yield ""
-
-
-def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
-    """Choose balanced slices of as many patients as possible, none of them on both sides.
-
-    candidates: DataFrame (slice, label, patient). Returns the chosen rows with a column split, train or test.
-    Patients go to the test side class by class, the rarest class first, in proportion; then each side takes
-    one slice of each patient, a second one of each, and so on.
-    """
-    rows = candidates.sample(frac=1, random_state=seed)
-    test_patients: set[str] = set()
-    share = test_per_class / max(per_class + test_per_class, 1)
-    counts = rows.groupby("label")["patient"].nunique().sort_values(kind="stable")
-    for label in counts.index:
-        slices_of = rows[rows["label"] == label].groupby("patient", sort=False).size()
-        wanted = min(test_per_class, math.ceil(share * len(slices_of)))
-        mine = [p for p in slices_of.index if p in test_patients]
-        for patient in (p for p in slices_of.index if p not in test_patients):
-            enough = len(mine) >= wanted and slices_of[mine].sum() >= test_per_class
-            if (
-                enough or len(mine) >= len(slices_of) // 2
-            ):  # at least half of a class's patients are for training
-                break
-            mine.append(patient)
-        test_patients.update(mine if test_per_class else [])
-    rows = rows.assign(split=np.where(rows["patient"].isin(test_patients), "test", "train"))
-    rows["turn"] = rows.groupby(["split", "label", "patient"]).cumcount()
-    rows = rows.sort_values("turn", kind="stable")
-    place = rows.groupby(["split", "label"]).cumcount()
-    quota = rows["split"].map({"train": per_class, "test": test_per_class})
-    return rows[place < quota].drop(columns="turn").sort_values("slice")
-
-
-def find_rsna_inputs(rsna: Path, per_class: int, test: int, seed: int) -> list[Input]:
-    """Choose slices of the RSNA download and return them; print what was taken, what was not, and why."""
-    csv_path, paths = find_rsna_files(rsna)
-    labels, left_out = read_rsna_labels(csv_path, set(paths))
-    test_per_class = test // len(CLASSES)
-    has_file = labels["slice"].isin(paths.keys())
-    left_out["slices without a file"] = int((~has_file).sum())
-    labels = labels[has_file]
-
-    shuffled = labels.sample(frac=1, random_state=seed)
-    pool = shuffled.groupby("label").head(RSNA_CANDIDATES * (per_class + test_per_class)).sort_values("slice")
-    files = (paths[name] for name in pool["slice"])
-    pool["patient"] = list(tqdm(read_patient_ids(files), total=len(pool), desc="patients", disable=None))
-    left_out["slices without a readable PatientID"] = int((pool["patient"] == "").sum())
-    chosen = choose_slices(pool[pool["patient"] != ""], per_class, test_per_class, seed)
-    left_out["slices of one class, not needed"] = (
-        len(labels) - len(chosen) - left_out["slices without a readable PatientID"]
-    )
-    print_rsna_table(labels, chosen, left_out, per_class, test_per_class)
-    if chosen.empty:
-        raise UsageError(f"no slice of {rsna} can be used, the table above says why")
-    return [
-        Input(
-            source=paths[row.slice].relative_to(rsna).as_posix(),
-            path=paths[row.slice],
-            target=f"TrainingData/{row.label}/{row.slice}"
-            if row.split == "train"
-            else f"TestingData/{row.slice}",
-            split=row.split,
-            label=row.label,
-        )
-        for row in chosen.itertuples()
-    ]
-
-
-def print_rsna_table(labels, chosen, left_out: dict[str, int], per_class: int, test_per_class: int) -> None:
-    """Print slices and patients taken of each class, then how many slices or rows were left out, and why."""
-    print(f"{'class':18}{'available':>10}{'training':>10}{'patients':>10}{'testing':>10}{'patients':>10}")
-    for label in CLASSES:
-        line, short = f"{label:18}{(labels['label'] == label).sum():10}", []
-        for split, quota in (("train", per_class), ("test", test_per_class)):
-            mine = chosen[(chosen["label"] == label) & (chosen["split"] == split)]
-            line += f"{len(mine):10}{mine['patient'].nunique():10}"
-            if len(mine) < quota:
-                short.append(f"{quota - len(mine)} too few for {split}ing")
-        print(line + ("  missing" if label not in set(chosen["label"]) else "  " + ", ".join(short)))
-    for reason, count in left_out.items():
-        print(f"left out: {count} {reason}")
-
-
-# ---------------------------------------- running: processes here, or a Dask cluster
+# ---------------------------------------- many files: processes here, or a Dask cluster
 
 Outcome = tuple[Task, dict]
-CRASHED = (
-    f"its decoder crashed, took over {TIME_LIMIT_S} s or over {MEMORY_LIMIT >> 30} GB of memory: damaged, "
-    "export it again, uncompressed"
-)
-
-
-def ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent process, which stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def next_done(waiting: Iterable[Future], alive: Callable[[], bool]) -> set[Future]:
-    """Wait for at least one future, return all that are done; raise BrokenExecutor once nobody is alive."""
-    seen = time.monotonic()
-    while not (done := wait(waiting, DASK_PATIENCE_S / 8, FIRST_COMPLETED).done):
-        if alive():
-            seen = time.monotonic()
-        elif time.monotonic() - seen > DASK_PATIENCE_S:
-            raise BrokenExecutor
-    return done
-
-
-def finished(waiting: dict[Future, Task], crashes: tuple, alive: Callable[[], bool]) -> Iterator[Outcome]:
-    """Wait for at least one future; remove and yield all that are done. A crash costs its own file."""
-    for future in next_done(waiting, alive):
-        try:
-            fields = future.result()
-        except crashes:
-            fields = {"status": "failed", "reason": CRASHED}
-        yield waiting.pop(future), fields
+CRASHED = "its decoder crashed, hung or took too much memory: damaged, export it again, uncompressed"
 
 
 def bounded(
     submit: Callable[[Task], Future],
     tasks: Iterable[Task],
     ahead: int,
-    crashes: tuple[type[Exception], ...],
     waiting: dict[Future, Task],
+    crash: type[Exception],
     alive: Callable[[], bool] = lambda: True,
 ) -> Iterator[Outcome]:
     """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields.
 
-    waiting: empty; holds what was submitted and has no result yet, should an exception end this.
-    alive: says whether there is still somebody who works.
+    waiting: empty; holds what has no result yet, should an exception end this.  crash: what a future raises
+    whose process died, which costs its own file.  alive: whether somebody works; BrokenExecutor if not for long.
     """
-    for task in tasks:
-        waiting[submit(task)] = task
-        if len(waiting) >= ahead:
-            yield from finished(waiting, crashes, alive)
-    while waiting:
-        yield from finished(waiting, crashes, alive)
+    tasks, seen = iter(tasks), time.monotonic()
+    while True:
+        for task in islice(tasks, ahead - len(waiting)):
+            waiting[submit(task)] = task
+        if not waiting:
+            return
+        done = wait(waiting, DASK_PATIENCE_S / 8, FIRST_COMPLETED).done
+        if done or alive():
+            seen = time.monotonic()
+        elif time.monotonic() - seen > DASK_PATIENCE_S:
+            raise BrokenExecutor
+        for future in done:
+            try:
+                fields = future.result()
+            except crash:
+                fields = {"status": "failed", "reason": CRASHED}
+            yield waiting.pop(future), fields
 
 
 @contextmanager
@@ -1456,21 +1118,21 @@ def interrupts_blocked():
 
 
 class SpawnWithLastingLocks(SpawnContext):
-    """Starts processes by spawn; its locks last as long as itself.
+    """Starts processes by spawn; its locks last as long as the program.
 
     The pool drops them before it ends its processes, and one that just starts would miss them loudly.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.locks: list = []
+    locks: ClassVar[list] = []
 
     def RLock(self):
         self.locks.append(super().RLock())
         return self.locks[-1]
 
 
-def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterator[Outcome]:
+def in_processes(
+    tasks: Iterable[Task], settings: Settings, jobs: int, starts=POOL_STARTS
+) -> Iterator[Outcome]:
     """Run tasks in processes of this machine; one that dies is replaced.
 
     The pool itself breaks when processes are killed between two tasks, as the system does when memory ends;
@@ -1478,31 +1140,28 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int) -> Iterat
     """
     tasks = iter(tasks)
     waiting: dict[Future, Task] = {}
-    for start in range(POOL_STARTS):
-        again, waiting = tuple(waiting.values()), {}
-        context = SpawnWithLastingLocks()
-        pool = ProcessPool(jobs, initializer=ignore_interrupts, context=context)
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
+    pool = ProcessPool(jobs, initializer=ignore, context=SpawnWithLastingLocks())
 
-        def submit(task: Task, pool: ProcessPool = pool) -> Future:
-            try:
-                return pool.schedule(process, args=(task, settings))
-            except RuntimeError as err:  # it broke since the last result
-                future: Future = Future()
-                future.set_exception(BrokenProcessPool(str(err)))
-                return future
-
+    def submit(task: Task) -> Future:
         try:
-            with interrupts_blocked():
-                pool.schedule(os.getpid)  # starts its threads, and they the processes
-            yield from bounded(submit, chain(again, tasks), 4 * jobs, (ProcessExpired,), waiting)
-            return
-        except BrokenProcessPool as err:
-            if start == POOL_STARTS - 1:
-                text = f"processes were killed {POOL_STARTS} times, out of memory? try --jobs 1"
-                raise OSError(text) from err
-        finally:
-            pool.stop()
-            pool.join()
+            return pool.schedule(process, args=(task, settings))
+        except RuntimeError as err:  # it broke since the last result
+            waiting[Future()] = task
+            raise BrokenProcessPool from err
+
+    try:
+        with interrupts_blocked():
+            pool.schedule(os.getpid)  # starts its threads, and they the processes
+        yield from bounded(submit, tasks, 4 * jobs, waiting, ProcessExpired)
+        return
+    except BrokenProcessPool as err:
+        if starts == 1:
+            raise OSError(f"processes were killed {POOL_STARTS} times, out of memory? try --jobs 1") from err
+    finally:
+        pool.stop()
+        pool.join()
+    yield from in_processes(chain(waiting.values(), tasks), settings, jobs, starts - 1)
 
 
 def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator[Outcome]:
@@ -1518,15 +1177,13 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
     try:
         client = Client(address, timeout="10s")
     except (OSError, ValueError) as err:
-        raise UsageError(
-            f"no Dask scheduler at {address} ({one_line(err)}): start it, or leave --dask out"
-        ) from err
+        unreachable = f"no Dask scheduler at {address} ({one_line(err)})"
+        raise UsageError(f"{unreachable}: start it, or leave --dask out") from err
     with client:
         threads = [worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
         if not threads or max(threads) > 1:
-            raise UsageError(
-                "the Dask workers need one thread each: dask worker ADDRESS --nthreads 1 --nworkers N"
-            )
+            start = "dask worker ADDRESS --nthreads 1 --nworkers N"
+            raise UsageError(f"the Dask workers need one thread each: {start}")
         executor = client.get_executor(pure=False)  # not left by with: that would wait for lost workers
         workers = client.scheduler.ncores
 
@@ -1542,7 +1199,7 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
                 return False
 
         try:
-            yield from bounded(submit, tasks, 4 * len(threads), (KilledWorker,), {}, alive)
+            yield from bounded(submit, tasks, 4 * len(threads), {}, KilledWorker, alive)
         except BrokenExecutor as err:
             lost = f"the Dask scheduler {address} had no worker, or gave no answer, for {DASK_PATIENCE_S} s"
             raise OSError(f"{lost}: start what is missing") from err
@@ -1550,7 +1207,7 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator
             raise OSError(f"the Dask scheduler {address} is gone: start it and its workers again") from err
 
 
-# ---------------------------------------- the run
+# ---------------------------------------- many files: the run
 
 
 def read_patient_key(output: Path) -> bytes:
@@ -1560,10 +1217,7 @@ def read_patient_key(output: Path) -> bytes:
         temporary = output / ".tmp" / "patient_key"
         temporary.unlink(missing_ok=True)
         temporary.touch(0o600)
-        with temporary.open("w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(secrets.token_hex(32), encoding="ascii")
         temporary.replace(path)
     text = path.read_text(encoding="ascii", errors="replace")
     if not re.fullmatch(r"[0-9a-f]{64}", text):
@@ -1578,30 +1232,33 @@ def run_identity(settings: Settings) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def commit(ledger: sqlite3.Connection) -> None:
-    """Make what the ledger has safe from a kill."""
-    ledger.execute("COMMIT")
-    ledger.execute("BEGIN EXCLUSIVE")
-
-
-def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> None:
-    """Convert every file that has something to do, and record what became of it."""
-    total = ledger.execute("SELECT count(*) FROM files WHERE todo != ''").fetchone()[0]
-    todo = pages(ledger, "todo != ''")
-    tasks = (Task(r["source"], Path(r["path"]), r["image"], tuple(r["todo"].split())) for r in todo)
-    jobs = min(args.jobs, max(total, 1))
-    outcomes = on_dask(tasks, settings, args.dask) if args.dask else in_processes(tasks, settings, jobs)
-    committed = time.monotonic()
-    for task, fields in tqdm(outcomes, total=total, desc="converting", unit="slice", disable=None):
+def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> int:
+    """Convert every file that has something to do, record what became of it; return how many were written."""
+    tasks, written, committed = due_tasks(ledger, args, run_identity(settings)), 0, time.monotonic()
+    first = list(islice(tasks, args.jobs))
+    if not first:
+        return 0
+    (args.output / "preview.png").unlink(missing_ok=True)  # a stopped run leaves none that is out of date
+    tasks = chain(first, tasks)
+    outcomes = on_dask(tasks, settings, args.dask) if args.dask else in_processes(tasks, settings, len(first))
+    for task, fields in outcomes:
         if fields["status"] == "failed":
             if not args.input.is_dir():
                 raise FileNotFoundError(f"the input folder {args.input} is gone")
             if task.path.exists():
                 remove_pictures(settings.output, task.image)  # what a better version of the file left
-        record(ledger, task.source, fields)
+        record(ledger, task.source, fields | {"fingerprint": task.fingerprint, "made": " ".join(task.made)})
+        written += fields["status"] == "ok"
         if time.monotonic() - committed > COMMIT_EVERY_S:
-            commit(ledger)
+            ledger.commit()
             committed = time.monotonic()
+    return written
+
+
+def class_order(labels: Collection[str]) -> list[str]:
+    """Return classes in the order of every table and figure: the usual ones, then others by name."""
+    others = set(labels).difference(CLASSES)
+    return [*(label for label in CLASSES if label in labels), *sorted(others)]
 
 
 def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
@@ -1610,29 +1267,15 @@ def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
     Of the class's slices with the header window that is most common in all classes, so that the first column
     shows no rare one, that with the least bone: above the skull's base and below the vertex.
     """
-    windows = (
-        "SELECT window_center, window_width, count(*) AS slices FROM files WHERE status = 'ok' GROUP BY 1, 2"
-    )
+    windows = "window_center, window_width"
+    common = f"SELECT {windows}, count(*) AS slices FROM files WHERE status = 'ok' GROUP BY 1, 2"
     best = (
-        f"SELECT * FROM files JOIN ({windows}) USING (window_center, window_width) "
+        f"SELECT * FROM files JOIN ({common}) USING ({windows}) "
         "WHERE label = ? AND status = 'ok' AND blank != '1' "
         "ORDER BY split = 'train' DESC, slices DESC, bone_fraction + 0, source LIMIT 1"
     )
-    return [row for label in CLASSES for row in ledger.execute(best, (label,))]
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """Return a PNG that this step wrote, uint8 (rows, columns, 3), in OpenCV's order of colours."""
-    picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    assert picture is not None, "this step wrote it"
-    return picture
-
-
-def fit(picture: np.ndarray, side: int) -> np.ndarray:
-    """Return a picture in colour, resized to fit into a square."""
-    scale = side / max(picture.shape[:2])
-    size = [max(round(length * scale), 1) for length in picture.shape[1::-1]]
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    labels = {row["label"] for row in ledger.execute("SELECT DISTINCT label FROM files WHERE label != ''")}
+    return [row for label in class_order(labels) for row in ledger.execute(best, (label,))][:CLASSES_SHOWN]
 
 
 def middle(picture: np.ndarray, row: sqlite3.Row, side: int) -> np.ndarray:
@@ -1649,27 +1292,31 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
 
     Last comes a bleed at full size: the middle of the brain, where blood in the ventricles lies.
     """
-    tile, left, top, font = 200, 150, 44, cv2.FONT_HERSHEY_SIMPLEX  # px
-    shown, side = choose_preview(ledger), 196
+    tile, left, top, side, letters = 200, 150, 44, 196, 16  # px, but for the letters of a line of the names
+    shown = choose_preview(ledger)
     variants = [v for v in KNOWN_VARIANTS if shown and all((output / v / r["image"]).exists() for r in shown)]
     near = [row for row in shown if row["label"] == "intraventricular"]
     sheet = np.zeros((top + tile * len(shown + near), left + tile * len(variants), 3), np.uint8)
 
     def write(text: str, x: int, y: int) -> None:
         for line, part in enumerate(text.split("\n")):
-            cv2.putText(sheet, part, (x, y + 18 * line), font, 0.5, (255, 255, 255), 1)
+            cv2.putText(sheet, part, (x, y + 18 * line), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1)
 
     for j, variant in enumerate(variants):
         words = variant.split("+")
         write("\n+".join(filter(None, ("+".join(words[:2]), "+".join(words[2:])))), left + j * tile + 4, 18)
     for i, row in enumerate(shown + near):
-        y = top + i * tile
-        write(
-            row["label"] if i < len(shown) else f"{row['label']},\nthe middle,\nfull size", 4, y + tile // 2
-        )
+        y, name = top + i * tile, textwrap.fill(row["label"], letters)
+        write(name if i < len(shown) else f"{name},\nthe middle,\nfull size", 4, y + tile // 2)
         for j, variant in enumerate(variants):
-            picture = read_picture(output / variant / row["image"])
-            picture = fit(picture, side) if i < len(shown) else middle(picture, row, side)
+            content = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
+            picture: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
+            if i < len(shown):
+                scale = side / max(picture.shape[:2])
+                size = [max(round(length * scale), 1) for length in picture.shape[1::-1]]
+                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+            else:
+                picture = middle(picture, row, side)
             x = left + j * tile
             sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     grey = sheet if (sheet != sheet[..., :1]).any() else sheet[..., 0]
@@ -1677,18 +1324,29 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
         write_atomically(output / "preview.png", cv2.imencode(".png", grey)[1].tobytes(), output)
 
 
+def print_classes(ledger: sqlite3.Connection) -> None:
+    """Print how many slices of each class there are to train with, and what a comparison lacks."""
+    where = "split = 'train' AND status = 'ok'"
+    counts = dict(ledger.execute(f"SELECT label, count(*) FROM files WHERE {where} GROUP BY label"))
+    if not counts:
+        return
+    lines = [f"{label} {counts[label]}" for label in class_order(counts)]
+    more = len(lines) - CLASSES_SHOWN
+    print(f"training slices: {', '.join(lines[:CLASSES_SHOWN])}{f', and {more} classes more' * (more > 0)}")
+    missing = [label for label in CLASSES if label not in counts]
+    if 0 < len(missing) < len(CLASSES):
+        print(f"note: no training slice of {', '.join(missing)}")
+    if len(counts) == 1:
+        print("note: one class is nothing to compare; put slices of another into TrainingData/<its name>/")
+
+
 def print_report(ledger: sqlite3.Connection, written: int) -> int:
     """Print what became of every file, the bad ones with their reasons; return how many failed."""
-
-    def count(where: str) -> int:
-        return ledger.execute(f"SELECT count(*) FROM files WHERE {where}").fetchone()[0]
-
-    found, failed = count("1"), count("status = 'failed'")
-    for number, row in enumerate(pages(ledger, "status = 'failed'")):
-        if number == FAILED_SHOWN:
-            print(f"failed: {failed - number} more, see manifest.csv", file=sys.stderr)
-            break
+    found, failed = count_files(ledger, "1"), count_files(ledger, "status = 'failed'")
+    for row in islice(pages(ledger, "status = 'failed'"), FAILED_SHOWN):
         print(f"failed: {row['source']!r}: {row['reason']}", file=sys.stderr)
+    if failed > FAILED_SHOWN:
+        print(f"failed: {failed - FAILED_SHOWN} more, see manifest.csv", file=sys.stderr)
     notes = {
         "without a usable window in the header, shown in the brain window": "window_source = 'default'",
         "with the 12-bit wrap, repaired": "hu_repaired = '1'",
@@ -1697,7 +1355,7 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
         "with warnings, see manifest.csv": "warnings != ''",
     }
     for note, where in notes.items():
-        if number := count(where):
+        if number := count_files(ledger, where):
             print(f"note: {number} {note}")
     print(f"found {found} = written {written} + up to date {found - failed - written} + failed {failed}")
     return failed
@@ -1705,40 +1363,262 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Convert what is missing or changed, write manifest and preview, report; return the exit status."""
-    started = time.monotonic()
-    with ExitStack() as stack:
-        ledger = open_ledger(args.output)
-        stack.callback(ledger.close)
+    started, preview = time.monotonic(), args.output / "preview.png"
+    with closing(open_ledger(args.output)) as ledger:
         settings = Settings(args.output.resolve(), args.roi_window, read_patient_key(args.output))
-        rsna = args.rsna and find_rsna_inputs(args.rsna, args.per_class, args.test, args.seed)
+        rsna = args.rsna and find_rsna_inputs(args)
         if removed := list_inputs(ledger, rsna or find_inputs(args.raw_data), args.output):
             print(f"removed the pictures of {removed} inputs that are gone or were moved")
-        plan(ledger, args, run_identity(settings))
-        commit(ledger)
-        todo = "status = 'ok' AND fingerprint = due AND todo = ''"
-        before = ledger.execute(f"SELECT count(*) FROM files WHERE {todo}").fetchone()[0]
-        preview = args.output / "preview.png"
-        if removed or ledger.execute("SELECT 1 FROM files WHERE todo != ''").fetchone():
-            preview.unlink(missing_ok=True)  # so that a stopped run leaves none that is out of date
+            preview.unlink(missing_ok=True)
+        ledger.commit()
         try:
-            convert_all(ledger, settings, args)
+            written = convert_all(ledger, settings, args)
         finally:
-            commit(ledger)
+            ledger.commit()
             write_manifest(ledger, args.output)
-        written = ledger.execute(f"SELECT count(*) FROM files WHERE {todo}").fetchone()[0] - before
         if rsna:
-            lines = [f"{Path(i.target).name},{i.label}\n" for i in rsna if i.split == "test"]
-            write_atomically(
-                args.output / "TestingData_labels.csv",
-                "".join(["image,label\n", *lines]).encode(),
-                args.output,
-            )
+            write_test_labels(rsna, args.output)
+        else:
+            print_classes(ledger)
         if not preview.exists():
             draw_preview(ledger, args.output)
         failed = print_report(ledger, written)
-        ledger.execute("COMMIT")
     print(f"{args.output}: {time.monotonic() - started:.1f} s, {args.dask or f'{args.jobs} processes'}")
     return 1 if failed else 0
+
+
+# ---------------------------------------- where they come from: folders
+
+
+def walk(top: Path) -> Iterator[Path]:
+    """Yield what lies below a folder in a fixed order; of linked and unreadable folders, these themselves.
+
+    Hidden files, and those that nobody would take for a slice, are passed over silently.
+    """
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(top, onerror=unreadable.append):
+        subfolders.sort()
+        for name in sorted([*names, *(name for name in subfolders if Path(folder, name).is_symlink())]):
+            lower = name.lower()
+            if not (name[0] == "." or lower in STRAY_FILES or Path(lower).suffix in STRAY_ENDINGS):
+                yield Path(folder, name)
+    yield from (Path(err.filename) for err in unreadable)
+
+
+def refusal_of_path(path: Path, root: Path) -> str:
+    """Return why a path can't be used, '' where it can: links that loop, end nowhere or leave the input."""
+    if path.is_dir():
+        return "a linked or unreadable folder: put the folder itself here, check the permissions"
+    if not path.is_symlink():
+        return ""
+    try:
+        inside = path.resolve(strict=True).is_relative_to(root)
+    except (OSError, RuntimeError):  # ends nowhere; loops
+        return "a link that ends nowhere: remove it"
+    outside = "a link out of the input folder: copy the file here, or name its own folder with --raw-data"
+    return "" if inside else outside
+
+
+def find_classes(training: Path) -> dict[str, str]:
+    """Return {folded name: class} of the usual classes and of all folders below TrainingData but hidden ones."""
+    classes = {folded(label): label for label in CLASSES}
+    for name in sorted(next(os.walk(training), ("", [], []))[1]):
+        if name[0] != ".":
+            classes.setdefault(folded(name), name)
+    return classes
+
+
+def find_inputs(raw_data: Path) -> Iterator[Input]:
+    """Yield every file below TrainingData/<class>/ and TestingData/ but stray ones."""
+    root, classes = raw_data.resolve(), find_classes(raw_data / "TrainingData")
+    test_labels = read_test_labels(raw_data / "TestingData_labels.csv", classes)
+    unused = set(test_labels)
+    for path in walk(raw_data / "TrainingData") if (raw_data / "TrainingData").exists() else ():
+        source = path.relative_to(raw_data).as_posix()
+        _, folder, *below = source.split("/")
+        label = classes.get(folded(folder), "") if below else ""
+        homeless = "" if label else "in no class folder: move it to TrainingData/<its class>/"
+        yield Input(source, path, source, "train", label, refusal_of_path(path, root) or homeless)
+    for path in walk(raw_data / "TestingData") if (raw_data / "TestingData").exists() else ():
+        source = path.relative_to(raw_data).as_posix()
+        image = without_dcm(source.partition("/")[2])
+        unused.discard(image)
+        yield Input(source, path, source, "test", test_labels.get(image, ""), refusal_of_path(path, root))
+    if unused:
+        print(f"note: {len(unused)} rows of TestingData_labels.csv name no file, such as {min(unused)!r}")
+
+
+def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
+    """Return {image: class} from TestingData_labels.csv, {} where there is none; classes as of find_classes."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeError, csv.Error) as err:
+        raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
+    pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
+    wrong = sorted({label for _, label in pairs if folded(label) not in classes})
+    if wrong or not all(image for image, _ in pairs):
+        known = ", ".join(class_order(classes.values()))
+        raise UsageError(f"{path} needs the columns image,label and labels of {known}; found {wrong}")
+    return {without_dcm(image): classes[folded(label)] for image, label in pairs}
+
+
+def write_test_labels(inputs: Iterable[Input], output: Path) -> None:
+    """Write TestingData_labels.csv (image,label) for what was chosen of a download."""
+    lines = [f"{Path(i.target).name},{i.label}\n" for i in inputs if i.split == "test"]
+    content = "".join(["image,label\n", *lines])
+    write_atomically(output / "TestingData_labels.csv", content.encode(), output)
+
+
+# ---------------------------------------- where they come from: Kaggle's RSNA-2019 download
+
+
+def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
+    """Return the label file of the unpacked download and {slice id: path} of its training slices."""
+    for top in (rsna, rsna / "rsna-intracranial-hemorrhage-detection"):
+        for folder in (top / "stage_2_train_images", top / "stage_2_train"):
+            if (top / "stage_2_train.csv").is_file() and folder.is_dir():
+                entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
+                paths = (Path(entry.path) for entry in entries if entry.is_file())
+                return top / "stage_2_train.csv", {path.stem: path for path in paths}
+    lacking = f"{rsna} has no stage_2_train.csv beside stage_2_train_images/"
+    raise UsageError(f"{lacking}: unpack the download there")
+
+
+def read_rsna_labels(path: Path, files: set[str], by: str):
+    """Return the slices of stage_2_train.csv that have one class, and count the others.
+
+    The file has a row for each slice and subtype (ID_x_epidural,1) and one for any of them (ID_x_any,1).
+    by: "subtype", of which a slice with several is left out, never forced into one class; or "any".
+    Columns slice, label, subtypes (how many it has).
+    """
+    import pandas as pd  # here, as the worker processes need not wait for it
+
+    try:
+        rows = pd.read_csv(path, dtype=str)
+    except (UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
+        raise UsageError(f"{path} can't be read ({one_line(err)}): unpack the download again") from err
+    if not {"ID", "Label"} <= set(rows.columns):
+        raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
+    rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
+    no_number = int(rows["Label"].isna().sum())
+    repeated = int(rows.duplicated(["ID", "Label"]).sum())
+    rows = rows.drop_duplicates(["ID", "Label"])
+    rows[["slice", "subtype"]] = rows["ID"].str.extract(r"(.+)_(\w+)$")
+    subtypes = list(CLASSES[1:])
+    columns = [*subtypes, "any"] if by == "any" else subtypes
+    if absent := set(columns) - set(rows["subtype"]):
+        raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
+    contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
+    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(columns)]
+    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=columns)
+    complete = table.dropna() > 0
+    count = complete[subtypes].sum(axis=1)
+    healthy, bleed = RSNA_CLASSES["any"]
+    if by == "any":
+        usable, why_not = complete["any"] == (count > 0), "slices whose any contradicts their subtypes"
+        labels = complete["any"].map({False: healthy, True: bleed})
+    else:
+        usable, why_not = count <= 1, "slices with several subtypes"
+        labels = complete.idxmax(axis=1).where(count > 0, healthy)
+    left_out = {
+        "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
+        "rows whose Label is no number": no_number,
+        "rows that repeat another": repeated,
+        "slices with contradicting rows": len(contradicting),
+        "slices without a row for each subtype": len(table) - len(complete),
+        why_not: int((~usable).sum()),
+    }
+    chosen = pd.DataFrame({"label": labels, "subtypes": count})[usable]
+    return chosen.rename_axis("slice").reset_index(), left_out
+
+
+def read_patient_ids(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the PatientID of each file, '' where it can't be read."""
+    for path in paths:
+        try:
+            with refusing("unreadable header", ""):
+                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+                yield str(ds.get("PatientID") or "")
+        except (UnsuitableFile, MemoryError):
+            yield ""
+
+
+def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
+    """Choose balanced slices of as many patients as possible, none of them on both sides.
+
+    candidates: DataFrame (slice, label, patient). Returns the chosen rows with a column split, train or test.
+    Patients go to the test side class by class, the rarest class first, in proportion, at most half of a
+    class's; then each side takes one slice of each patient, a second one of each, and so on.
+    """
+    rows = candidates.sample(frac=1, random_state=seed)
+    test_patients: set[str] = set()
+    share = test_per_class / max(per_class + test_per_class, 1)
+    counts = rows.groupby("label")["patient"].nunique().sort_values(kind="stable")
+    for label in counts.index if test_per_class else ():
+        slices_of = rows[rows["label"] == label].groupby("patient", sort=False).size()
+        wanted = min(test_per_class, math.ceil(share * len(slices_of)))
+        mine = [p for p in slices_of.index if p in test_patients]
+        for patient in (p for p in slices_of.index if p not in test_patients):
+            enough = len(mine) >= wanted and slices_of[mine].sum() >= test_per_class
+            if enough or len(mine) >= len(slices_of) // 2:
+                break
+            mine.append(patient)
+        test_patients.update(mine)
+    rows = rows.assign(split=np.where(rows["patient"].isin(test_patients), "test", "train"))
+    rows["turn"] = rows.groupby(["split", "label", "patient"]).cumcount()
+    rows = rows.sort_values("turn", kind="stable")
+    place = rows.groupby(["split", "label"]).cumcount()
+    quota = rows["split"].map({"train": per_class, "test": test_per_class})
+    return rows[place < quota].drop(columns="turn").sort_values("slice")
+
+
+def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
+    """Choose slices of the RSNA download and return them; print what was taken, what was not, and why."""
+    rsna, classes = args.rsna, RSNA_CLASSES[args.rsna_labels]
+    quotas = {"train": args.per_class, "test": args.test // len(classes)}
+    csv_path, paths = find_rsna_files(rsna)
+    labels, left_out = read_rsna_labels(csv_path, set(paths), args.rsna_labels)
+    has_file = labels["slice"].isin(paths.keys())
+    left_out["slices without a file"] = int((~has_file).sum())
+    labels = labels[has_file]
+
+    shuffled = labels.sample(frac=1, random_state=args.seed)
+    pool = shuffled.groupby("label").head(RSNA_CANDIDATES * sum(quotas.values())).sort_values("slice")
+    files = (paths[name] for name in pool["slice"])
+    pool["patient"] = list(tqdm(read_patient_ids(files), total=len(pool), desc="patients", disable=None))
+    nameless = int((pool["patient"] == "").sum())
+    chosen = choose_slices(pool[pool["patient"] != ""], quotas["train"], quotas["test"], args.seed)
+    left_out["slices without a readable PatientID"] = nameless
+    left_out["slices of one class, not needed"] = len(labels) - len(chosen) - nameless
+    print_rsna_table(classes, labels, chosen, quotas)
+    for reason, number in left_out.items():
+        print(f"left out: {number} {reason}")
+    if chosen.empty:
+        raise UsageError(f"no slice of {rsna} can be used, the table above says why")
+    inputs = []
+    for name, label, split in chosen[["slice", "label", "split"]].itertuples(index=False):
+        folder = f"TrainingData/{label}" if split == "train" else "TestingData"
+        source = paths[name].relative_to(rsna).as_posix()
+        inputs.append(Input(source, paths[name], f"{folder}/{name}", split, label))
+    return inputs
+
+
+def print_rsna_table(classes: Iterable[str], labels, chosen, quotas: dict[str, int]) -> None:
+    """Print slices and patients of each class: available, and taken for each split."""
+    print(f"{'class':18}{'available':>10}{'training':>10}{'patients':>10}{'testing':>10}{'patients':>10}")
+    for label in classes:
+        line, short = f"{label:18}{(labels['label'] == label).sum():10}", []
+        for split, quota in quotas.items():
+            mine = chosen[(chosen["label"] == label) & (chosen["split"] == split)]
+            line += f"{len(mine):10}{mine['patient'].nunique():10}"
+            if len(mine) < quota:
+                short.append(f"{quota - len(mine)} too few for {split}ing")
+        print(line + ("  missing" if label not in set(chosen["label"]) else "  " + ", ".join(short)))
+    if several := int((chosen["subtypes"] > 1).sum()):
+        print(f"of those taken, {several} slices have several subtypes")
 
 
 # ---------------------------------------- command line
@@ -1746,10 +1626,8 @@ def run(args: argparse.Namespace) -> int:
 
 def roi_window(text: str) -> tuple[float, float] | None:
     """Parse --roi-window: brain, header, or C,W in HU."""
-    if text == "header":
-        return None
-    if text == "brain":
-        return BRAIN_WINDOW
+    if text in ("brain", "header"):
+        return BRAIN_WINDOW if text == "brain" else None
     try:
         center, width = (float(part) for part in text.split(","))
     except ValueError:
@@ -1779,6 +1657,8 @@ def whole_number(text: str, smallest: int = 1) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's settings; usage errors end the program with status 2."""
+    from dask.system import CPU_COUNT  # a container's limit counts; here, as worker processes need not wait
+
     here = Path(__file__).resolve().parent
     title, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
@@ -1789,38 +1669,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         text += f" (default: {default if shown is None else shown})"
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
-    add("--raw-data", "input folder", here / "raw_data", "raw_data beside the script", type=Path)
-    add(
-        "--output",
-        "output folder",
-        here / "data_preprocessing",
-        "data_preprocessing beside the script",
-        type=Path,
-    )
+    beside, zero_or_more = "{} beside the script", partial(whole_number, smallest=0)
+    for name, what, folder in (("--raw-data", "in", "raw_data"), ("--output", "out", "data_preprocessing")):
+        add(name, f"{what}put folder", here / folder, beside.format(folder), type=Path)
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
-    shown = f"the first {len(VARIANTS)}"
-    add("--variants", choice, [list(VARIANTS)], shown, type=variant_names, nargs="+", metavar="V")
-    add("--jobs", "processes", joblib.cpu_count(), f"all cores, here {joblib.cpu_count()}", type=whole_number)
+    usual = {"default": [list(VARIANTS)], "shown": f"the first {len(VARIANTS)}"}
+    add("--variants", choice, **usual, type=variant_names, nargs="+", metavar="V")
+    add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
     window = "window of ROI and window: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
-    add(
-        "--rsna",
-        "take slices from Kaggle's unpacked RSNA-2019 download instead",
-        None,
-        "off",
-        type=Path,
-        metavar="DIR",
-    )
+    kaggle = "take slices from Kaggle's unpacked RSNA-2019 download instead"
+    add("--rsna", kaggle, None, "off", type=Path, metavar="DIR")
+    both = "subtype: slices with one subtype at most, six classes; any: all slices, healthy and hemorrhage"
+    add("--rsna-labels", f"classes of --rsna, {both}", "subtype", choices=RSNA_CLASSES)
     add("--per-class", "training slices of each class, with --rsna", 1000, type=whole_number, metavar="N")
-    zero_or_more = partial(whole_number, smallest=0)
-    add(
-        "--test",
-        "slices of TestingData, all classes together, with --rsna",
-        600,
-        type=zero_or_more,
-        metavar="N",
-    )
+    together = "slices of TestingData, all classes together, with --rsna"
+    add("--test", together, 600, type=zero_or_more, metavar="N")
     add("--seed", "of the choice of slices, with --rsna", 0, type=zero_or_more)
     add("--dask", "send the work to the Dask scheduler at this address", None, "off", metavar="ADDRESS")
     args = parser.parse_args(argv)
@@ -1829,15 +1694,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, path.absolute())
     args.input = args.rsna or args.raw_data
     args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
-    if 0 < args.test < len(CLASSES):
-        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {len(CLASSES)} or more")
-    if not args.rsna and not any(
-        (args.raw_data / split).is_dir() for split in ("TrainingData", "TestingData")
-    ):
-        parser.error(
-            f"{args.raw_data} has neither TrainingData/<class>/ nor TestingData/: put the slices there, or "
-            "name the folder that holds them with --raw-data"
-        )
+    fewest = len(RSNA_CLASSES[args.rsna_labels])
+    if args.rsna and 0 < args.test < fewest:
+        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {fewest} or more")
+    if not args.rsna and not any((args.raw_data / s).is_dir() for s in ("TrainingData", "TestingData")):
+        remedy = "put the slices there, or name the folder that holds them with --raw-data"
+        parser.error(f"{args.raw_data} has neither TrainingData/<class>/ nor TestingData/: {remedy}")
     return args
 
 
@@ -1860,4 +1722,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # classes of any letters
     sys.exit(main())

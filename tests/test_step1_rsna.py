@@ -210,6 +210,110 @@ def test_fifo_among_the_files_blocks_nothing(download, capsys):
     assert "left out: 1 slices without a file" in capsys.readouterr().out
 
 
+# ---------------------------------------- --rsna-labels any
+
+SMALL = {  # slice: (patient, its subtypes); by hand: 4 healthy, 6 bleeds, of which 3 with several subtypes
+    "ID_a1": ("a", ()),
+    "ID_a2": ("a", ("epidural", "subdural")),
+    "ID_b1": ("b", ("subdural",)),
+    "ID_b2": ("b", SUBTYPES),
+    "ID_c1": ("c", ()),
+    "ID_c2": ("c", ("subarachnoid",)),
+    "ID_d1": ("d", ()),
+    "ID_d2": ("d", ("intraventricular", "intraparenchymal")),
+    "ID_e1": ("e", ()),
+    "ID_f1": ("f", ("intraparenchymal",)),
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Return a download of the ten slices of SMALL."""
+    folder = tmp_path / "kaggle"
+    for name, (patient, _) in SMALL.items():
+        save_ct(folder / "stage_2_train_images" / f"{name}.dcm", plain_head(48), PatientID=patient)
+    write_csv(folder, [row for name, (_, found) in SMALL.items() for row in csv_rows(name, *found)])
+    return folder
+
+
+def test_any_takes_slices_with_several_subtypes(small, capsys):
+    rows = run(small, "--rsna-labels", "any", "--per-class", "10", "--test", "0")
+    assert {
+        image.rsplit("/", 1)[1][:-4]: label for image, label in zip(rows.image, rows.label, strict=True)
+    } == {name: "hemorrhage" if found else "healthy" for name, (_, found) in SMALL.items()}
+    output = capsys.readouterr().out
+    healthy, bleeds = (line.split() for line in output.splitlines() if line.startswith("he"))
+    assert healthy[:6] == ["healthy", "4", "4", "4", "0", "0"]
+    assert bleeds[:6] == ["hemorrhage", "6", "6", "5", "0", "0"]
+    assert "of those taken, 3 slices have several subtypes" in output
+    assert "slices with several" not in output
+
+
+def test_subtype_leaves_out_what_any_takes(small, capsys):
+    rows = run(small, "--rsna-labels", "subtype", "--per-class", "10", "--test", "0")
+    assert rows["label"].value_counts().to_dict() == {
+        **{"healthy": 4, "subdural": 1, "subarachnoid": 1, "intraparenchymal": 1}
+    }
+    output = capsys.readouterr().out
+    assert "left out: 3 slices with several subtypes" in output
+    assert "of those taken" not in output
+
+
+def test_any_parts_patients_and_halves_the_test_slices(small):
+    rows = run(small, "--rsna-labels", "any", "--per-class", "2", "--test", "2")
+    assert rows.groupby(["split", "label"]).size().to_dict() == {
+        (split, label): count
+        for split, count in (("test", 1), ("train", 2))
+        for label in ("healthy", "hemorrhage")
+    }
+    assert (rows.groupby("patient")["split"].nunique() == 1).all()
+    labels = pd.read_csv(small.parent / "out" / "TestingData_labels.csv")
+    assert sorted(labels["label"]) == ["healthy", "hemorrhage"]
+
+
+def test_any_that_contradicts_the_subtypes_is_left_out_and_counted(small, capsys):
+    swapped = {"ID_a1_any": "1", "ID_b1_any": "0"}
+    write_csv(small, [(i, swapped.get(i, value)) for i, value in read_csv(small)])
+    rows = run(small, "--rsna-labels", "any", "--per-class", "10", "--test", "0")
+    assert len(rows) == 8 and not rows["image"].str.contains("ID_a1|ID_b1").any()
+    assert "left out: 2 slices whose any contradicts their subtypes" in capsys.readouterr().out
+
+
+def test_label_file_without_any_row_of_any_is_a_usage_error(small, capsys):
+    write_csv(small, [row for row in read_csv(small) if not row[0].endswith("_any")])
+    options = ["--rsna", str(small), "--output", str(small.parent / "out")]
+    assert step1.main([*options, "--rsna-labels", "any"]) == 2
+    assert "no row of any" in capsys.readouterr().err
+    assert step1.main(options) == 0  # of which the usual labels need nothing
+
+
+def test_other_labels_move_the_pictures(small, capsys):
+    run(small, "--per-class", "10", "--test", "0")
+    rows = run(small, "--rsna-labels", "any", "--per-class", "10", "--test", "0")
+    there = {
+        p.relative_to(small.parent / "out" / "1_ROI").as_posix() for p in small.parent.rglob("1_ROI/**/*.png")
+    }
+    assert there == set(rows["image"])
+
+
+@pytest.mark.parametrize("labels, fewest", [("any", 2), ("subtype", 6)])
+def test_fewer_test_slices_than_classes_are_a_usage_error(small, capsys, labels, fewest):
+    with pytest.raises(SystemExit):
+        run(small, "--rsna-labels", labels, "--test", str(fewest - 1))
+    assert f"name 0, or {fewest} or more" in capsys.readouterr().err
+
+
+def test_any_on_the_real_download_sample(real_ct, tmp_path, capsys):
+    out = tmp_path / "out"
+    labels = pd.read_csv(real_ct / "rsna_sample" / "stage_2_train.csv")
+    bleeds = labels["Label"][labels["ID"].str.endswith("_any")].sum()
+    options = ["--rsna", str(real_ct / "rsna_sample"), "--output", str(out), "--test", "0"]
+    assert step1.main([*options, "--rsna-labels", "any", "--variants", "0"]) == 0
+    text = capsys.readouterr().out
+    assert next(line for line in text.splitlines() if line.startswith("hemorrhage")).split()[1] == str(bleeds)
+    assert "of those taken, 6 slices have several subtypes" in text
+
+
 def test_patient_with_several_classes_stays_on_one_side():
     rows = [
         (f"{label}{patient}{number}", label, f"p{patient}")

@@ -160,7 +160,8 @@ def test_head_columns_that_a_killed_run_left_empty_are_filled_by_the_next(raw):
     run(raw)
     complete = (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8")
     ledger = sqlite3.connect(raw.parent / "out" / ".ledger.sqlite3")
-    ledger.execute("UPDATE files SET blank = '', head_fraction = '', bone_fraction = '', crop = ''")
+    lost = "made = '0_Dicom2PNG', blank = '', head_fraction = '', bone_fraction = '', crop = ''"
+    ledger.execute(f"UPDATE files SET {lost}")
     ledger.commit()
     ledger.close()
     run(raw, "--variants", "0")
@@ -414,6 +415,94 @@ def test_stray_files_are_passed_over(raw, capsys):
     assert last_tally(capsys) == "found 4 = written 4 + up to date 0 + failed 0"
 
 
+# ---------------------------------------- classes
+
+
+def classes_of(raw):
+    """Return {source: class} of the manifest."""
+    return {source: row["label"] for source, row in manifest(raw).items()}
+
+
+def make_classes(folder, *labels):
+    """Write a slice for each class; return the raw_data folder."""
+    for number, label in enumerate(labels):
+        save_ct(folder / "TrainingData" / label / "a.dcm", plain_head(64, 20 + number))
+    return folder
+
+
+def test_any_folder_below_trainingdata_is_a_class(tmp_path, capsys):
+    raw = make_classes(tmp_path / "raw", "Stroke", "no stroke", "脑出血")
+    assert run(raw) == 0
+    assert set(classes_of(raw).values()) == {"Stroke", "no stroke", "脑出血"}
+    assert "training slices: Stroke 1, no stroke 1, 脑出血 1\n" in capsys.readouterr().out
+
+
+def test_usual_classes_keep_their_order_and_spelling_and_others_follow(tmp_path, capsys):
+    raw = make_classes(tmp_path / "raw", "tumor", "Epidural", "abscess", "healthy")
+    assert run(raw) == 0
+    assert classes_of(raw)["TrainingData/Epidural/a.dcm"] == "epidural"
+    lines = capsys.readouterr().out.splitlines()
+    assert "training slices: healthy 1, epidural 1, abscess 1, tumor 1" in lines
+    missing = "note: no training slice of intraparenchymal, intraventricular, subarachnoid, subdural"
+    assert [line for line in lines if "intraparenchymal" in line] == [missing]
+    assert preview_tiles(raw, 4, 7).any()
+
+
+def test_class_of_letters_that_the_console_lacks_is_no_obstacle(tmp_path):
+    raw = make_classes(tmp_path / "raw", "脑出血", "other")
+    command = [sys.executable, str(SCRIPT), "--raw-data", str(raw), "--output", str(tmp_path / "out")]
+    console = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=console, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "training slices: other 1, \\u8111\\u51fa\\u8840 1" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they are one folder")
+def test_folders_that_differ_by_case_alone_are_one_class(tmp_path):
+    raw = make_classes(tmp_path / "raw", "stroke", "Stroke", "other")
+    assert run(raw) == 0
+    assert set(classes_of(raw).values()) == {"Stroke", "other"}
+
+
+def test_single_class_is_converted_and_said(tmp_path, capsys):
+    raw = make_classes(tmp_path / "raw", "stroke")
+    assert run(raw) == 0
+    assert len(pngs(raw)) == 7
+    assert "note: one class is nothing to compare; put slices of another" in capsys.readouterr().out
+
+
+def test_class_whose_every_file_is_refused_counts_as_missing(raw, capsys):
+    (raw / "TrainingData" / "healthy" / "a.dcm").write_bytes(b"damaged")
+    assert run(raw) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "training slices: subdural 1, epidural 1" in lines
+    assert any(line.startswith("note: no training slice of healthy, ") for line in lines)
+
+
+def test_many_classes_are_counted_and_not_all_named(tmp_path, capsys):
+    raw = make_classes(tmp_path / "raw", *(f"p{number:02}" for number in range(15)))
+    assert run(raw, "--variants", "0") == 0
+    assert "p10 1, p11 1, and 3 classes more\n" in capsys.readouterr().out
+    assert preview_tiles(raw, 12, 1).any()
+
+
+@pytest.mark.parametrize("label", ["stroke", "STROKE", "epidural"])
+def test_testing_slice_may_be_of_a_found_or_a_usual_class(tmp_path, label):
+    raw = make_classes(tmp_path / "raw", "Stroke", "other")
+    save_ct(raw / "TestingData" / "t.dcm", plain_head(64))
+    (raw / "TestingData_labels.csv").write_text(f"image,label\nt,{label}\n", encoding="utf-8")
+    assert run(raw) == 0
+    assert classes_of(raw)["TestingData/t.dcm"] == label.capitalize().replace("Epidural", "epidural")
+
+
+@pytest.mark.parametrize("line", ["t,tumor", "t,", ",Stroke"], ids=["unknown", "no class", "no image"])
+def test_testing_label_that_is_no_class_is_a_usage_error(tmp_path, capsys, line):
+    raw = make_classes(tmp_path / "raw", "Stroke", "other")
+    (raw / "TestingData_labels.csv").write_text(f"image,label\n{line}\n", encoding="utf-8")
+    assert run(raw) == 2
+    assert "subdural, epidural, Stroke, other; found" in capsys.readouterr().err
+
+
 # ---------------------------------------- second runs
 
 
@@ -597,10 +686,11 @@ def test_each_bad_file_costs_itself_and_has_a_reason(raw, capsys):
     assert len(pngs(raw)) == 4 * 7
 
 
-def test_file_outside_the_class_folders_is_refused_with_the_remedy(raw):
-    save_ct(raw / "TrainingData" / "epidurals" / "x.dcm", plain_head())
+@pytest.mark.parametrize("place", ["x.dcm", ".hidden/x.dcm"])
+def test_file_in_no_class_folder_is_refused_with_the_remedy(raw, place):
+    save_ct(raw / "TrainingData" / place, plain_head())
     assert run(raw) == 1
-    assert "TrainingData/<healthy|" in manifest(raw)["TrainingData/epidurals/x.dcm"]["reason"]
+    assert "move it to TrainingData/<its class>/" in manifest(raw)[f"TrainingData/{place}"]["reason"]
 
 
 def test_input_that_is_gone_or_was_moved_loses_its_old_pngs(raw, capsys):
