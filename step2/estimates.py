@@ -32,20 +32,31 @@ CAUTION = 0.2
 class Estimates:
     """A metric of k variants. values: float (k,); patients: covariance from who was tested, float (k, k).
 
-    training: variance of one training (a fold's) about its variant, for errors; NaN where the table can't
-    tell (one variant, or one fold). spread: the interaction's mean square, of which it is a part.
-    seen: (estimate, lower, upper) of the training variance's square root, for reports, 95 %.
-    share: sum of the squared shares of a variant's trainings; freedom: degrees, of patients and trainings.
+    spread: the mean square of the interaction; sampling: the part of it that patients explain; NaN where the
+    table can't tell (one variant, or one fold). share: sum of the squared shares of a variant's trainings.
+    freedom: degrees, of patients and of the interaction.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     patients: np.ndarray
-    training: float
     spread: float
-    seen: tuple[float, float, float]
+    sampling: float
     share: float
     freedom: tuple[int, int]
+
+    @property
+    def training(self) -> float:
+        """The variance of one training (a fold's) about its variant, as errors take it; 0 where none is seen."""
+        return float(np.nan_to_num(cautious(self.spread, self.sampling)))
+
+    @property
+    def seen(self) -> tuple[float, float, float]:
+        """The SD of one training and its 95 % interval, as reports show it; NaN where the table can't tell."""
+        chi2 = stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], max(self.freedom[1], 1))
+        ends = self.spread * self.freedom[1] / chi2
+        sd, low, high = np.sqrt(np.maximum(np.r_[self.spread, ends] - self.sampling, 0))
+        return float(sd), float(low), float(high)
 
     def errors(self, coefficients: np.ndarray) -> tuple[float, float, float]:
         """Return a contrast's errors, from patients and from trainings, and its degrees of freedom.
@@ -54,7 +65,7 @@ class Estimates:
         """
         sampling = float(coefficients @ self.patients @ coefficients)
         shared = self.share * float(coefficients @ coefficients)
-        luck = np.nan_to_num(self.training) * shared
+        luck = self.training * shared
         if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
             return np.nan, np.nan, np.nan
         freedom = satterthwaite(sampling, luck, self.spread * shared, self.freedom)
@@ -83,7 +94,7 @@ class Estimates:
         freedom = min((self.errors(step)[2] for step in steps), default=np.nan)
         if np.isnan(freedom):
             return np.nan
-        luck = np.nan_to_num(self.training) * self.share
+        luck = self.training * self.share
         covariance = steps @ self.patients @ steps.T + luck * steps @ steps.T
         apart = steps @ self.values
         wald = float(apart @ np.linalg.pinv(covariance, hermitian=True) @ apart) / len(steps)
@@ -98,7 +109,7 @@ class Estimates:
         return found
 
 
-def cautious(mean_square: np.ndarray, sampling: np.ndarray | float) -> np.ndarray:
+def cautious(mean_square: np.ndarray | float, sampling: np.ndarray | float) -> np.ndarray:
     """Return the training variance that an interaction's mean square shows beyond what patients explain."""
     return np.maximum(mean_square - (1 + CAUTION) * sampling, 0.0)
 
@@ -130,27 +141,38 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         cells, drawn = observed[0] / observed[1], draws[:, 0] / draws[:, 1]
         values = observed[0].sum((1, 2)) / observed[1].sum((1, 2))
         totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
+    covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
-    unbiased = patients / max(patients - 1, 1)
-    covariance = np.atleast_2d(np.cov(totals[np.isfinite(totals).all(1)], rowvar=False)) * unbiased
-    if np.isnan(totals).mean() > ALPHA:
-        covariance = np.full((k, k), np.nan)
-    weights = observed[1, 0] / observed[1, 0].sum()
     freedom = (k - 1) * repeats * (folds - 1)
-    training, mean_square, seen = np.nan, np.nan, (np.nan, np.nan, np.nan)
-    if freedom and np.isfinite(drawn).all((1, 2, 3)).mean() > 1 - ALPHA:
-        drawn = drawn[np.isfinite(drawn).all((1, 2, 3))]
-        whole = patients / folds / max(patients / folds - 1, 1)
-        within = interaction(cells)
-        # the same sum of squares in each draw, about that of the observed table, is what patients explain
-        sampling = interaction(drawn - cells).mean() / freedom * whole
-        mean_square = within / freedom
-        training = float(cautious(mean_square, sampling))
-        ends = within / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom) - sampling
-        seen = tuple(np.sqrt(np.maximum([mean_square - sampling, *ends], 0)))  # type: ignore[assignment]
+    spread = interaction(cells) / freedom if freedom else np.nan
+    sampling = explained_by_patients(cells, drawn, patients) / freedom if freedom else np.nan
+    weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
-    degrees = (patients - 1, freedom)
-    return Estimates(tuple(names), values, covariance, training, mean_square, seen, share, degrees)
+    return Estimates(tuple(names), values, covariance, spread, sampling, share, (patients - 1, freedom))
+
+
+def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:
+    """Return the covariance of variants from who was tested, float (k, k); NaN where many draws have no value.
+
+    totals: the metric in each draw, float (draws, k).
+    """
+    k = totals.shape[1]
+    if np.isnan(totals).mean() > ALPHA:
+        return np.full((k, k), np.nan)
+    known = totals[np.isfinite(totals).all(1)]
+    return np.atleast_2d(np.cov(known, rowvar=False)) * patients / max(patients - 1, 1)
+
+
+def explained_by_patients(cells: np.ndarray, drawn: np.ndarray, patients: int) -> float:
+    """Return the interaction's sum of squares that the choice of patients makes; NaN where many draws have none.
+
+    It is that of each draw about the observed table. cells: float (k, repeats, folds). drawn: float (draws, ...).
+    """
+    known = drawn[np.isfinite(drawn).all((1, 2, 3))]
+    if len(known) <= (1 - ALPHA) * len(drawn):
+        return np.nan
+    of_fold = patients / drawn.shape[-1]
+    return float(interaction(known - cells).mean() * of_fold / max(of_fold - 1, 1))
 
 
 def interaction(cells: np.ndarray) -> np.ndarray:
@@ -214,15 +236,11 @@ def mean_estimates(
     """Return the estimates of a mean over rows. values: float (rows, k), such as 1 for right, 0 for wrong."""
     count, places = cells.patients, cells.shape[0] * cells.shape[1]
     both = np.column_stack([values, np.ones(len(values))])
-    sums = []
-    for place in range(places):
-        inside = cells.cell == place
-        members, codes = np.unique(cells.codes[inside], return_inverse=True)
-        sums.append((members, sum_by_patient(both[inside], codes)))
-    shape = (-1, len(names) + 1, *cells.shape)
+    sums = sum_by_patient(both, cells.codes * places + cells.cell, count * places)
+    sums = sums.reshape(count, places, -1).transpose(0, 2, 1).reshape(count, -1)  # patients; column, place
 
     def quotient(weights: np.ndarray) -> np.ndarray:
-        found = np.stack([weights[:, members] @ of_cell for members, of_cell in sums], axis=-1).reshape(shape)
+        found = (weights @ sums).reshape(len(weights), -1, *cells.shape)
         counts = np.broadcast_to(found[:, -1:], found[:, :-1].shape)
         return np.stack([found[:, :-1], counts], axis=1)
 

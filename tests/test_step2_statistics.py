@@ -12,13 +12,22 @@ from simulate_intervals import one_setting, simulate
 from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
+from step2.best import best_of
 from step2.bootstrap import bootstrap_weights, patient_ids
-from step2.estimates import Estimates, combine, find_cells, interaction, mean_estimates, paired_correctness
+from step2.estimates import (
+    CAUTION,
+    Estimates,
+    combine,
+    find_cells,
+    interaction,
+    mean_estimates,
+    paired_correctness,
+)
 from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
     best_in_words,
-    best_of,
     best_set,
+    compare_accuracy,
     contrast_table,
     declared_contrasts,
     exact_mcnemar,
@@ -92,7 +101,7 @@ def test_one_fold_or_one_variant_cannot_tell_training_noise(folds, variants):
     table = random_table(30, 2, ALL_VARIANTS[:variants], folds=folds)
     correct, cells = paired_correctness(table)
     found = mean_estimates(list(correct), correct.to_numpy(), cells, 100, 0)
-    assert np.isnan(found.training) and np.isnan(found.seen[0])
+    assert found.training == 0 and np.isnan(found.seen[0])
     if variants > 1:
         contrasts = contrast_table(table, n_draws=100)
         assert contrasts["verdict"].str.contains("for these trained networks alone").all()
@@ -103,9 +112,9 @@ def some_estimates(values, error=0.01, training=0.0) -> Estimates:
     """Return estimates of independent variants with this error each."""
     k = len(values)
     names = tuple(f"v{i}" for i in range(k))
-    seen = (training**0.5, 0.0, 1.0)
+    sampling = training / (1 + CAUTION)
     covariance = error**2 * np.eye(k)
-    return Estimates(names, np.array(values), covariance, training, 2 * training, seen, 0.25, (499, 20))
+    return Estimates(names, np.array(values), covariance, 2 * training, sampling, 0.25, (499, 20))
 
 
 def test_error_adds_both_sources_and_freedom_lies_between_theirs():
@@ -180,7 +189,8 @@ def test_mcnemar_agrees_with_the_binomial_formula():
         [f"P{i}" for i in range(12)],
     )  # 7 for a alone, 2 for b alone
     expected = 2 * sum(comb(9, k) for k in range(3)) / 2**9
-    assert exact_mcnemar(table, "a", "b") == pytest.approx(expected)
+    correct, _ = paired_correctness(table)
+    assert exact_mcnemar(correct["a"], correct["b"]) == pytest.approx(expected)
 
 
 def test_difference_by_hand():
@@ -254,11 +264,20 @@ def test_control_is_a_contrast_of_its_own():
 
 
 def test_pairs_of_a_step_are_shown_one_by_one():
-    pairs = pair_table(random_table(60, 2, ALL_VARIANTS, folds=3), n_draws=200)
+    table = random_table(60, 2, ALL_VARIANTS, folds=3)
+    pairs = pair_table(table, n_draws=200)
     clahe = pairs[pairs["step"] == "CLAHE"]
     assert list(clahe["b"]) == ["1_ROI", "4_ROI+noblank"]
     assert clahe["p_differ"].nunique() == 1 and clahe["p_differ"].between(0, 1).all()
     assert np.isnan(pairs.loc[pairs["b"] == "0_Dicom2PNG", "p_differ"]).all()
+
+
+def test_tables_of_one_estimate_are_those_of_the_predictions():
+    table = random_table(60, 2, ALL_VARIANTS, folds=3)
+    control = table[table["variant"] == ALL_VARIANTS[0]]
+    compared = compare_accuracy(table, control, n_draws=200)
+    for make in (contrast_table, best_set, pair_table):
+        pd.testing.assert_frame_equal(make(compared), make(table, control, n_draws=200))
 
 
 # ---------------------------------------- verdicts

@@ -26,8 +26,9 @@ import pandas as pd
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from step2.best import best_of
 from step2.estimates import Estimates, find_cells, mean_estimates
-from step2.statistics import best_of, holm
+from step2.statistics import holm
 
 VARIANTS = 7  # and a control of the first
 OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins have in common
@@ -94,7 +95,7 @@ def one_setting(
         cells = find_cells(rows)
         found = mean_estimates([*names, "control"], right, cells, draws, int(rng.integers(2**31)))
         both, twins = contrasts(found, names)
-        alone, _ = contrasts(replace(found, training=0.0, freedom=(found.freedom[0], 10**6)), names)
+        alone, _ = contrasts(replace(found, spread=0.0), names)
         known["width"] += [b["error"] for b in both], [a["error"] for a in alone]
         known["sd"].append(found.seen[0] ** 2)
         known["twins"].append(twins["p_value"] < 0.05)
