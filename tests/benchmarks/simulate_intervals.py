@@ -42,10 +42,11 @@ def simulate(
     gains: np.ndarray,
     unequal: bool = False,
     repeats: int = 1,
+    new_folds: bool = True,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return rows (patient, image, repeat, fold) and right or wrong, float (rows, variants and control).
 
-    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy.
+    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy. new_folds: in each repeat.
     """
     codes = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
     n, k = len(codes), VARIANTS + 1
@@ -55,7 +56,8 @@ def simulate(
     score = score + np.sqrt(OWN) * own[codes]
     tables, right = [], []
     for repeat in range(repeats):
-        fold = (rng.permutation(patients) % folds)[codes]
+        if new_folds or repeat == 0:
+            fold = (rng.permutation(patients) % folds)[codes]
         shift = sd * rng.normal(size=(folds, k))
         threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
         call = np.sqrt(CALL) * own_noise(rng, (n, k), unequal)
