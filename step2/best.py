@@ -11,7 +11,9 @@ from step2.estimates import Estimates
 BEST_DRAWS = 20_000  # of the largest of several t
 
 
-def best_of(found: Estimates, variants: Sequence[str], seed: int = 0) -> pd.DataFrame:
+def best_of(
+    found: Estimates, variants: Sequence[str], seed: int = 0, draws: int = BEST_DRAWS
+) -> pd.DataFrame:
     """Return best_set's table of some estimates. variants: those that compete, without a control."""
     k = len(variants)
     apart, reach = np.full((k, k), -np.inf), np.full((k, k), np.nan)
@@ -19,7 +21,7 @@ def best_of(found: Estimates, variants: Sequence[str], seed: int = 0) -> pd.Data
         others = [j for j in range(k) if j != i]
         pairs = np.array([found.coefficients([(one, variants[j])]) for j in others])
         if len(others):
-            reach[i, others] = simultaneous_reach(found, pairs, seed)
+            reach[i, others] = simultaneous_reach(found, pairs, seed, draws)
             apart[i, others] = pairs @ found.values
     np.fill_diagonal(apart, np.inf)
     upper = np.min(np.where(np.eye(k, dtype=bool), np.inf, apart + reach), axis=1)
@@ -42,7 +44,7 @@ def best_of(found: Estimates, variants: Sequence[str], seed: int = 0) -> pd.Data
     return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
 
-def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int) -> np.ndarray:
+def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int, draws: int) -> np.ndarray:
     """Return how far each difference may lie below what was seen, all at once in 95 %, float (pairs,).
 
     Dunnett's one-sided quantile for these errors and correlations, by simulation. pairs: coefficients.
@@ -53,16 +55,18 @@ def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int) -> np.nda
     known = np.isfinite(errors[:, 0])  # not where two variants are right on the very same slices
     reach = np.full(len(pairs), 1e-9)
     if known.any():
-        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed)
+        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed, draws)
     return reach
 
 
-def _dunnett_reach(found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int) -> np.ndarray:
+def _dunnett_reach(
+    found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int, draws: int
+) -> np.ndarray:
     """Return simultaneous_reach where every difference has an error."""
     both = np.hypot(errors[:, 0], errors[:, 1])
     luck = found.training * found.share
     covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
     rng, freedom = np.random.default_rng(seed), errors[:, 2].min()
     root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
-    largest = (root @ rng.normal(size=(len(pairs), BEST_DRAWS))).max(0)
-    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, BEST_DRAWS) / freedom), 1 - ALPHA)
+    largest = (root @ rng.normal(size=(len(pairs), draws))).max(0)
+    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, draws) / freedom), 1 - ALPHA)

@@ -307,7 +307,10 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     columns = ["training_sd", "training_sd_low", "training_sd_high"]
     sd, low, high = 100 * contrasts[columns].iloc[0] if len(contrasts) else (np.nan,) * 3
     if np.isnan(sd):
-        return f"One fold or one variant can't tell how far training again moves accuracy: intervals hold {ALONE}."
+        return (
+            "A single split or a single variant can't tell how far training again moves accuracy: "
+            f"intervals hold {ALONE}."
+        )
     size = (
         f"an SD of {sd:.1f} points" if sd >= 0.05 else "less than can be seen beside the choice of patients"
     )

@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 import pytest
-from simulate_intervals import one_setting, simulate
+from simulate_intervals import estimates, one_setting, simulate
 from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
@@ -67,13 +67,35 @@ def test_more_patients_do_not_buy_off_training_noise():
 
 
 def test_repeats_average_training_noise_out():
-    rng = np.random.default_rng(1)
-    parts = [simulate(rng, 1500, 4, 0.04, np.zeros(7)) for _ in range(4)]
-    rows = pd.concat([part[0].assign(repeat=k) for k, part in enumerate(parts)], ignore_index=True)
-    one = mean_estimates(list("abcdefgh"), parts[0][1], find_cells(parts[0][0]), 200, 0)
-    four = mean_estimates(list("abcdefgh"), np.concatenate([p[1] for p in parts]), find_cells(rows), 200, 0)
+    rows, right = simulate(np.random.default_rng(1), 1500, 4, 0.04, np.zeros(7), repeats=4)
+    first = (rows["repeat"] == 0).to_numpy()
+    one = mean_estimates(list("abcdefgh"), right[first], find_cells(rows[first]), 200, 0)
+    four = mean_estimates(list("abcdefgh"), right, find_cells(rows), 200, 0)
     assert four.share == pytest.approx(one.share / 4, rel=0.05)
-    assert four.freedom[1] == 4 * one.freedom[1] == 4 * 7 * 3
+    assert (one.freedom[1], four.freedom[1]) == (7 * 3, 7 * 15)  # 4 and 16 trainings of each variant
+    assert four.seen[0] == pytest.approx(0.04, abs=0.01)
+
+
+def test_a_single_split_that_is_repeated_tells_training_noise():
+    """A fifth of the patients held out, five times: each repeat is a training of its own."""
+    rows, right = simulate(np.random.default_rng(2), 3000, 5, 0.04, np.zeros(7), repeats=6)
+    held_out = (rows["fold"] == 0).to_numpy()
+    found = mean_estimates(list("abcdefgh"), right[held_out], find_cells(rows[held_out]), 200, 0)
+    assert found.freedom[1] == 7 * 5
+    assert found.seen[0] == pytest.approx(0.04, abs=0.015)
+    errors = found.errors(found.coefficients([("b", "a")]))
+    assert errors[1] == pytest.approx((2 / 6) ** 0.5 * 0.04, rel=0.4)
+
+
+@pytest.mark.parametrize(("patients", "repeats"), [(52, 1), (300, 2)])
+def test_simulation_may_take_the_limit_of_many_draws(patients, repeats):
+    """The simulation's linearised estimates, and those of 4,000 draws."""
+    rows, right = simulate(np.random.default_rng(0), patients, 3, 0.02, np.zeros(7), repeats=repeats)
+    drawn, limit = (estimates(list("abcdefgh"), rows, right, draws, 0) for draws in (4000, 0))
+    assert limit.patients == pytest.approx(drawn.patients, rel=0.1, abs=1e-5)
+    assert limit.sampling == pytest.approx(drawn.sampling, rel=0.04)
+    assert (limit.share, limit.freedom) == (pytest.approx(drawn.share), drawn.freedom)
+    assert limit.spread == pytest.approx(drawn.spread)
 
 
 # ---------------------------------------- the parts of an error, by hand
@@ -85,6 +107,8 @@ def test_interaction_by_hand():
     crossed = additive + 0.05 * np.array([[[1, -1]], [[-1, 1]]])
     assert interaction(additive) == pytest.approx(0)
     assert interaction(crossed) == pytest.approx(4 * 0.05**2)
+    as_repeats = crossed.transpose(0, 2, 1)  # a single split, repeated
+    assert interaction(as_repeats) == pytest.approx(4 * 0.05**2)
 
 
 def test_training_variance_is_what_patients_leave_of_the_interaction():
