@@ -61,7 +61,7 @@ class Compared:
     found: Estimates
 
 
-def compare_accuracy(
+def compare(
     predictions: pd.DataFrame | Compared,
     control: pd.DataFrame | None = None,
     n_draws: int = DRAWS,
@@ -86,12 +86,12 @@ def contrast_table(
 ) -> pd.DataFrame:
     """Return all contrasts, DataFrame of CONTRAST_COLUMNS; the A/A control's is the last row.
 
-    predictions: the table, or what compare_accuracy made of it and the control, which ends the need for
+    predictions: the table, or what compare made of it and the control, which ends the need for
     control, n_draws and seed. Differences, errors and the SD of one training are fractions of 1, as accuracy is.
     Holm's correction runs within the primary contrasts, and within the factorial effects. margin: of
     equivalence. learning: variants that did not converge, which verdicts name.
     """
-    compared = compare_accuracy(predictions, control, n_draws, seed)
+    compared = compare(predictions, control, n_draws, seed)
     if not compared.declared:
         return pd.DataFrame(columns=CONTRAST_COLUMNS)
     table = pd.DataFrame([contrast_row(declared, compared) for declared in compared.declared])
@@ -174,7 +174,7 @@ def pair_table(
     predictions: as for contrast_table. Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's
     pairs having one effect; NaN for a single pair). Exploratory: nothing corrects for their number.
     """
-    compared = compare_accuracy(predictions, control, n_draws, seed)
+    compared = compare(predictions, control, n_draws, seed)
     pairs, found = step_pairs(compared.variants), compared.found
     rows = []
     for step, of_step in pairs.items():
@@ -202,7 +202,7 @@ def best_set(
     ci_high), most accurate first: a variant minus the best other one, with 95 % simultaneous intervals, so that
     the set holds the truly best variant in 95 % of such studies. The control only helps to know the training noise.
     """
-    compared = compare_accuracy(predictions, control, n_draws, seed)
+    compared = compare(predictions, control, n_draws, seed)
     return best_of(compared.found, compared.variants, seed)
 
 

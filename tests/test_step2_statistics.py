@@ -27,7 +27,7 @@ from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
     best_in_words,
     best_set,
-    compare_accuracy,
+    compare,
     contrast_table,
     declared_contrasts,
     exact_mcnemar,
@@ -299,7 +299,7 @@ def test_pairs_of_a_step_are_shown_one_by_one():
 def test_tables_of_one_estimate_are_those_of_the_predictions():
     table = random_table(60, 2, ALL_VARIANTS, folds=3)
     control = table[table["variant"] == ALL_VARIANTS[0]]
-    compared = compare_accuracy(table, control, n_draws=200)
+    compared = compare(table, control, n_draws=200)
     for make in (contrast_table, best_set, pair_table):
         pd.testing.assert_frame_equal(make(compared), make(table, control, n_draws=200))
 

@@ -33,7 +33,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.bootstrap import ALPHA
-from step2.statistics import compare_accuracy
+from step2.statistics import compare
 
 COLUMNS = ["variant", "repeat", "fold", "patient", "image", "label", "predicted"]
 
@@ -62,11 +62,11 @@ def check_seeds(tables: Sequence[pd.DataFrame]) -> None:
 def one_pair(first: pd.DataFrame, second: pd.DataFrame, variant: str, draws: int) -> dict[str, float]:
     """Return the second seed's training of a variant minus the first's, with the error of the docstring, dict."""
     control = second[second["variant"] == variant]
-    compared = compare_accuracy(first, control, draws)
+    compared = compare(first, control, draws)
     found, control_pair = compared.found, compared.declared[-1]["pairs"]
     of_first = first.loc[first["variant"] == variant, "fold"]
     if list(control["fold"]) != list(of_first):
-        alone = compare_accuracy(first, None, draws).found
+        alone = compare(first, None, draws).found
         degrees = (found.freedom[0], alone.freedom[1])
         found = replace(found, spread=alone.spread, sampling=alone.sampling, freedom=degrees)
     return found.contrast(found.coefficients(control_pair)) | {"excess": found.spread - found.sampling}
