@@ -18,11 +18,11 @@ best, by 2 points; width, of an interval over that of patients alone; SD found, 
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import special
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -61,7 +61,7 @@ def simulate(
         if new_folds or repeat == 0:
             fold = (rng.permutation(patients) % folds)[codes]
         shift = sd * rng.normal(size=(folds, k))
-        threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
+        threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift, 0.02, 0.98))[fold]
         call = np.sqrt(CALL) * own_noise(rng, (n, k), unequal)
         right.append((score + call < threshold).astype(float))
         rows = {"patient": codes, "image": np.arange(n), "repeat": repeat, "fold": fold}
@@ -116,6 +116,12 @@ def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
     return against, found.contrast(found.coefficients([(names[2], names[3])]))
 
 
+def patients_alone(row: dict, freedom: int) -> dict[str, float]:
+    """Return p and the interval's width of a contrast, had it no error but that of the patients."""
+    p = 2 * special.stdtr(freedom, -abs(row["difference"]) / row["patient_error"])
+    return {"p_value": p, "width": 2 * special.stdtrit(freedom, 0.975) * row["patient_error"]}
+
+
 def one_setting(
     patients: int, folds: int, sd: float, tables: int, draws: int, unequal: bool, seed: int = 0
 ) -> dict[str, float]:
@@ -130,8 +136,10 @@ def one_setting(
         rows, right = simulate(rng, patients, folds, sd, gains, unequal)
         found = estimates([*names, "control"], rows, right, draws, number)
         both, twins = contrasts(found, names)
-        alone, _ = contrasts(replace(found, spread=0.0), names)
-        known["width"] += [b["error"] for b in both], [a["error"] for a in alone]
+        alone = [patients_alone(row, found.freedom[0]) for row in both]
+        known["width"] += [
+            (row["ci_high"] - row["ci_low"], other["width"]) for row, other in zip(both, alone, strict=True)
+        ]
         known["sd"].append(found.spread - found.sampling)
         known["twins"].append(twins["p_value"] < 0.05)
         if gain:
@@ -146,10 +154,10 @@ def one_setting(
             p = pd.Series([row["p_value"] for row in several])
             known[key] += list(p < 0.05)
             known["family" if key == "one" else "family alone"].append((holm(p) <= 0.05).any())
-    width = np.array(known.pop("width"))
+    width = np.mean(known.pop("width"), axis=0)
     spread = np.sqrt(max(np.mean(known.pop("sd")), 0))
     shares = {key: 100 * float(np.mean(values)) for key, values in known.items()}
-    return shares | {"width": float(width[::2].mean() / width[1::2].mean()), "sd": 100 * float(spread)}
+    return shares | {"width": float(width[0] / width[1]), "sd": 100 * float(spread)}
 
 
 def main() -> None:
