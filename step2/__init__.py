@@ -12,6 +12,7 @@ The rooms in reading order; each imports only from those above it:
     training     one training step, one epoch, one run from its first epoch to its last
     speed        precision, memory layout and compilation: measured on a GPU, fixed on a CPU
     runs         all runs of a comparison: their folders, what they leave behind, the tables made of them
+    sessions     sessions that end before all runs are trained, and what is whole by then
     engine       who trains them: this process, a Dask cluster on this machine, or one elsewhere
     convergence  whether each variant trained to its end
     bootstrap    draws of whole patients

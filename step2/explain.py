@@ -52,13 +52,15 @@ def grad_cam(network: torch.nn.Module, pictures: torch.Tensor, classes: torch.Te
 def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
     """Draw a held-out slice of each kind of bleed (columns) in each variant (rows) under its Grad-CAM."""
     variants, settings = comparison.variants, comparison.settings
-    held_out = predictions[predictions["variant"] == variants[0]].query("repeat == 1 and fold == 1")
+    repeat, fold = comparison.places[0]
+    held_out = predictions[predictions["variant"] == variants[0]]
+    held_out = held_out[(held_out["repeat"] == repeat) & (held_out["fold"] == fold)]
     shown = held_out.groupby("label").nth(0).set_index("label").reindex(CLASSES[1:]).dropna(subset="image")
     truth = torch.tensor([CLASSES.index(label) for label in shown.index])
     figure, axes = grid(len(variants), len(shown), 1.4)
     network = build_network(settings, 0.1)
     for row, variant in enumerate(variants):
-        load_last(comparison, Run(variant, 1, 1), network)
+        load_last(comparison, Run(variant, repeat, fold), network)
         paths = [settings.data / variant / image for image in shown["image"]]
         pictures = [read_png(path, settings.image_size) for path in paths]
         maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)

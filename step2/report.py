@@ -17,17 +17,18 @@ from IPython.core.getipython import get_ipython
 from IPython.display import Image, Markdown, display
 
 from step2.files import put_aside, write_content, write_csv, write_json
-from step2.settings import Settings
-from step2.slices import Slices
+from step2.runs import Comparison
+from step2.sessions import part_in_words
 
 OPTIMISTIC = " (slice-level, optimistic)"
 
 
-def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictures: str, start: str) -> str:
+def make_caption(comparison: Comparison, pictures: str) -> str:
     """Return profile, what was changed in it, network, size, data and initial weights in a line.
 
-    pictures: what they are, "" if unknown. start: the initial weights in words.
+    pictures: what they are, "" if unknown. Of a part of the declared comparison, also which part it is.
     """
+    settings, slices, part = comparison.settings, comparison.slices, part_in_words(comparison)
     shown = ("model_name", "image_size", "weights")
     changed = [f"{name} {value}" for name, value in settings.changed().items() if name not in shown]
     word = pictures.removesuffix("s")
@@ -35,11 +36,12 @@ def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictur
         f"{settings.profile} profile" + (f" with {', '.join(changed)}" if changed else ""),
         f"{settings.model_name} at {settings.image_size} px",
         count_slices(slices.training, word, slices.patient_level),
-        start,
+        comparison.weights.in_words(),
     ]
-    if settings.folds == 1:
-        tested = slices.training[(fold_of == 0).any(axis=0)]
-        parts.insert(3, f"tested: {count_slices(tested, '', slices.patient_level)}")
+    if settings.folds == 1 or part:
+        held_out = [comparison.fold_of[repeat - 1] == fold - 1 for repeat, fold in comparison.places]
+        tested = count_slices(slices.training[np.any(held_out, axis=0)], "", slices.patient_level)
+        parts.insert(3, f"tested: {tested}" + f" ({part})" * bool(part))
     return ", ".join(parts)
 
 

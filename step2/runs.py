@@ -8,6 +8,7 @@ gets a folder of its own, and nothing is overwritten.
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -28,7 +29,7 @@ from step2.pictures import (
     Pictures,
     check_channels,
     in_order,
-    make_loader,
+    load,
     pictures_digest,
     steps_per_epoch,
 )
@@ -77,6 +78,7 @@ class Comparison:
     """Everything that the runs share. fold_of: int (repeats, n), the fold of each training slice.
 
     digests and testing_digests: {variant: hash of its pictures}; code: code_digest() where it was made.
+    only: the (repeat, fold) that it consists of where time ended before the others; None is all.
     """
 
     settings: Settings
@@ -87,15 +89,20 @@ class Comparison:
     digests: dict[str, str]
     testing_digests: dict[str, str]
     code: str = field(default_factory=code_digest)
+    only: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """The (repeat, fold) of every split."""
+        repeats, folds = range(1, self.settings.repeats + 1), range(1, self.settings.folds + 1)
+        return self.only or tuple((repeat, fold) for repeat in repeats for fold in folds)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """All runs, fold by fold, so that a stopped comparison has whole folds; the control last."""
-        repeats, folds = range(1, self.settings.repeats + 1), range(1, self.settings.folds + 1)
-        places = [(repeat, fold) for repeat in repeats for fold in folds]
-        runs = [Run(variant, *place) for place in places for variant in self.variants]
-        again = [Run(self.variants[0], *place, True) for place in places if self.settings.control_run]
-        return tuple(runs + again)
+        """All runs, fold by fold, each with its control, so that a stopped comparison has whole folds."""
+        of_fold = [(variant, False) for variant in self.variants]
+        of_fold += [(self.variants[0], True)] * self.settings.control_run
+        return tuple(Run(variant, *place, again) for place in self.places for variant, again in of_fold)
 
     @cached_property
     def steps(self) -> int:
@@ -210,21 +217,26 @@ def remove_damaged(comparison: Comparison) -> list[str]:
     return lines
 
 
-def complete_run(comparison: Comparison, run: Run, tell: Tell) -> dict[str, Any]:
-    """Train a run and predict TestingData as far as either isn't done, and return what it noted."""
+def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = math.inf) -> dict[str, Any]:
+    """Train a run and predict TestingData as far as either isn't done, and return what it noted.
+
+    OutOfTime where its next epoch would not be over before `ends`, in seconds since 1970.
+    """
     device = find_device()
     prepare_process(comparison.settings, device)
     speed = choose_speed(comparison.settings, comparison.steps, device)
     folder = comparison.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_trained(comparison, run):
-        finish_run(comparison, run, speed, device, tell)
+        finish_run(comparison, run, speed, device, tell, ends)
     if not is_complete(comparison, run):
         predict_testing(comparison, run, speed, device)
     return read_json(folder / "done.json") or {}
 
 
-def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell) -> None:
+def finish_run(
+    comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell, ends: float
+) -> None:
     """Train a run and write predictions, history and weights, then done.json; remove the checkpoint."""
     settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folder(run)
     labels = slices["label"].map(CLASSES.index).to_numpy(copy=True)
@@ -238,6 +250,7 @@ def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.dev
         seed=comparison.seed(run),
         settings=settings,
         weights=comparison.weights,
+        ends=ends,
     )
     trainer, history = train_run(job, speed, device, tell)
     rows = slices.iloc[job.held_out][["image", "label"]]
@@ -271,9 +284,9 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
     trainer = Trainer(settings, speed, 0.1, device)
     load_last(comparison, run, trainer.network)
     pictures = Pictures(settings.data / run.variant, images, settings)
-    loader = make_loader(pictures, in_order(np.arange(len(images)), settings.batch_size), 0)
+    batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size))
     rows = comparison.slices.testing[["image"]]
-    write_csv(folder / name, prediction_table(rows, predict(trainer, loader)))
+    write_csv(folder / name, prediction_table(rows, predict(trainer, batches)))
     done = read_json(folder / "done.json") or {}
     done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
     for old in folder.glob("testing-*.csv"):

@@ -34,14 +34,18 @@ def summarize(
     testing: pd.DataFrame | None = None,
     convergence: list[str] | None = None,
     margin: float = EQUIVALENCE,
+    part: str = "",
 ) -> str:
-    """Return the half-page summary, Markdown. convergence: the lines of convergence_lines."""
-    level = "" if patient_level else OPTIMISTIC
+    """Return the half-page summary, Markdown. convergence: the lines of convergence_lines.
+
+    part: which part of the declared comparison this is, such as '3 of 5 folds'.
+    """
+    level = f" ({part})" * bool(part) + ("" if patient_level else OPTIMISTIC)
     warned = class_warnings(predictions, patient_level)
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
         [f"**Which is best?** {best_in_words(best)}"],
-        data_lines(predictions, caption, patient_level, warned),
+        data_lines(predictions, caption, patient_level, warned, part),
         ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence or [])],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
         [*contrast_lines(contrasts, margin), "", f"Differences in accuracy{level}. {caption}."]
@@ -81,10 +85,15 @@ def detectable_text(primary: pd.DataFrame) -> str:
     )
 
 
-def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, warned: list[str]) -> list[str]:
+def data_lines(
+    predictions: pd.DataFrame, caption: str, patient_level: bool, warned: list[str], part: str = ""
+) -> list[str]:
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
+    if part:
+        design = f"{part} of the cross-validation, an interim look: what was declared is the whole, which "
+        design += "running the notebook again trains"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
         unit, people = "No patient ids: all intervals are **slice-level, optimistic**.", ""

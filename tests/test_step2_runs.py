@@ -93,11 +93,11 @@ def test_resume_at_each_epoch_equals_an_unbroken_run(data, tmp_path, monkeypatch
     unbroken = train(data, tmp_path / "unbroken", epochs=3)
     train_epoch, stops = training.train_epoch, []
 
-    def stop_before_each_epoch(trainer, loader, truth, epoch, tell):
+    def stop_before_each_epoch(trainer, batches, steps, truth, epoch, tell):
         if epoch not in stops:
             stops.append(epoch)
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop_before_each_epoch)
     for _ in range(3):
@@ -186,10 +186,10 @@ def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) ->
     """Interrupt a run in its second epoch and return its checkpoint."""
     train_epoch = training.train_epoch
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         if epoch:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -316,9 +316,8 @@ def test_move_that_was_killed_is_finished_at_the_next_start(tmp_path, monkeypatc
 
 def test_titles_of_a_single_split_say_what_was_tested(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path, folds=1)
-    settings, slices, fold_of = comparison.settings, comparison.slices, comparison.fold_of
-    tested = slices.training[fold_of[0] == 0]
-    caption = make_caption(settings, slices, fold_of, "", "random initial weights")
+    tested = comparison.slices.training[comparison.fold_of[0] == 0]
+    caption = make_caption(comparison, "")
     patients = tested["patient"].nunique()
     assert f"48 slices of 24 patients, tested: {len(tested)} slices of {patients} patients" in caption
 

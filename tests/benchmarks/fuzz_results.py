@@ -51,8 +51,9 @@ def run_notebook(data: Path, results: Path) -> None:
         chosen, slices, initial = choose_variants(None, data), read_slices(data), settle_weights(settings)
         fold_of = repeat_folds(slices.training, settings.folds, settings.repeats, settings.seed)
         comparison = make_comparison(settings, chosen, slices, fold_of, initial)
-        caption = make_caption(settings, slices, fold_of, "", initial.in_words())
-        report = Report(settings.results, caption, slices.patient_level, comparison.identity())
+        report = Report(
+            settings.results, make_caption(comparison, ""), slices.patient_level, comparison.identity()
+        )
         report.write("variants.png", b"a figure that is there before any training")
         train_all(comparison)
         predictions = collect_predictions(comparison)
@@ -69,11 +70,11 @@ def stop_in_second_run(data: Path, results: Path) -> None:
     """Do the same, but end as a kill would after the first epoch of the second run."""
     train_epoch, epochs = training.train_epoch, []
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         epochs.append(epoch)
         if len(epochs) == 4:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     training.train_epoch = stop
     with contextlib.suppress(KeyboardInterrupt):
