@@ -60,16 +60,16 @@ def detectable_points(
     correlation: of such differences between slices of one patient. training_sd: of one training's accuracy, in
     points, beyond what the choice of slices explains. aa_disagreement: that of two trainings of one variant, the
     part of disagreement that repeats average out; 0 promises least of them. control: an A/A control helps to
-    know the training noise. NaN for fewer than 10 patients. With one fold training noise can't be seen: the
-    difference is one between these trained networks, and training_sd is not used.
+    know the training noise. NaN for fewer than 10 patients. One training of a variant can't show training noise:
+    with one fold and no repeats the difference is one between these trained networks, and training_sd is not used.
 
     For the test that contrast_table makes, at ALPHA / (variants - 1) as in Holm's first step: its error is a
     chance variable too, and the power is the mean over its distribution.
     """
     if patients < MIN_PATIENTS or variants < 2:
         return np.nan
-    freedom = (patients - 1, (variants + control - 1) * repeats * (folds - 1))
-    luck = 2 * (training_sd / 100) ** 2 / (folds * repeats) if folds > 1 else 0.0
+    freedom = (patients - 1, (variants + control - 1) * (folds * repeats - 1))
+    luck = 2 * (training_sd / 100) ** 2 / (folds * repeats) if folds * repeats > 1 else 0.0
     grouping = (1 + (slices - 1) * correlation) / (patients * slices)
     middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
     known = stats.chi2.ppf(middles, freedom[0])[:, None] / freedom[0]

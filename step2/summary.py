@@ -1,5 +1,7 @@
 """The answer in words: half a page of Markdown, results/summary.md, and a sentence under each figure."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -69,7 +71,8 @@ def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart"
     same = int((primary["band"] == "inside").sum())
     equal = f" {same} of {len(primary)} are within {in_band(margin)} of it." if same else ""
-    return f"{answer[0].upper()}{answer[1:]}.{equal}{detectable_text(primary)}"
+    about = " All networks are trained on these patients."
+    return f"{answer[0].upper()}{answer[1:]}.{equal}{about}{detectable_text(primary)}"
 
 
 def detectable_text(primary: pd.DataFrame) -> str:
@@ -264,3 +267,35 @@ def say_confusions(counts: np.ndarray, classes: tuple[str, ...], variant: str) -
         return f"{variant} confuses nothing."
     most = f"{classes[true]} called {classes[called]}, {wrong[true, called]:.3g} of {counts[true].sum():.3g} slices"
     return f"{variant}'s most frequent confusion: {most}."
+
+
+def say_reliability(predictions: pd.DataFrame, shown: Sequence[str]) -> str:
+    """Return how far each shown variant's confidence lies from how often it is right, in points."""
+    said = []
+    for variant in dict.fromkeys(shown):
+        rows = predictions[predictions["variant"] == variant]
+        sure = rows.filter(regex="^p_").max(axis=1)
+        excess = 100 * float((sure - (rows["label"] == rows["predicted"])).mean())
+        said.append(f"{variant} is {abs(excess):.1f} points {'too sure' if excess > 0 else 'too modest'}")
+    return f"On average {'; '.join(said)}."
+
+
+def say_costs(costs: pd.DataFrame) -> str:
+    """Return which variant costs least and most, of each cost. costs: a column each, a row for each variant."""
+    return "; ".join(
+        f"{name}: {values.min():.3g} ({values.idxmin()}) to {values.max():.3g} ({values.idxmax()})"
+        for name, values in costs.items()
+    )
+
+
+def say_mistakes(mistakes: pd.DataFrame) -> str:
+    """Return what the most confident mistakes have in common."""
+    if mistakes.empty:
+        return "No slice was mistaken by any variant."
+    kinds = mistakes.groupby(["label", "predicted"], sort=False).size()
+    label, called = kinds.idxmax()
+    low, high = 100 * mistakes["confidence"].min(), 100 * mistakes["confidence"].max()
+    return (
+        f"Said with {low:.0f} to {high:.0f} % confidence; most often {label} called {called}, "
+        f"{kinds.max()} of {len(mistakes)}."
+    )
