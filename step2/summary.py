@@ -98,8 +98,7 @@ def data_lines(
     guessing += f", always saying the commonest {100 * commonest:.3g} %" if commonest else ""
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
     if part:
-        design = f"{part} of the cross-validation, an interim look: what was declared is the whole, which "
-        design += "running the notebook again trains"
+        design = f"{part} of the cross-validation (an interim look: run the notebook again to train the rest)"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
         unit, people = "No patient ids: all intervals are **slice-level, optimistic**.", ""

@@ -210,7 +210,7 @@ def test_caption_and_summary_say_which_part_it_is(last_two):
     )
     text = summarize(tested, statistics[0], metrics, statistics[1], caption, True, part="2 of 3 folds")
     assert text.startswith("# Does preprocessing matter? (2 of 3 folds)\n")
-    assert "; 2 of 3 folds of the cross-validation, an interim look: " in text
+    assert "; 2 of 3 folds of the cross-validation (an interim look: " in text
 
 
 def test_caption_of_the_whole_says_nothing_of_parts(undisturbed):
