@@ -321,7 +321,7 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
             color = "black" if percent[y, x] > 55 or "minus" in name else "white"
             axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
         axis.set_title(name, size=9)
-        axis.set_xticks(range(len(short)), short, rotation=45, size=8)
+        axis.set_xticks(range(len(short)), short, rotation=90 if "\n" in "".join(short) else 45, size=8)
         axis.set_yticks(range(len(short)), short, size=8)
         axis.set(xlabel="predicted", ylabel="true", facecolor="#999999")
     return figure
