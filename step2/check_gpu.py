@@ -18,19 +18,19 @@ from torch import _dynamo as dynamo
 
 from step2.engine import local_cluster
 from step2.network import build_network
-from step2.plan import Pace, measure_pace
+from step2.plan import measure_pace
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, load_checkpoint, release_memory, save_checkpoint, train_step
 
 Verdict = tuple[bool, str]
-PLAIN = Speed("no", False, False, False, 16, ())
+PLAIN = Speed("no", False, False, False, 8, ())
 CLOSE = 1e-3  # part of the weights' size, between two ways to compute the same steps
 
 
 def small(**given: object) -> Settings:
     """Return settings of a network that a step of takes no time."""
-    tiny = {"profile": "quick", "image_size": 64, "batch_size": 16, "weights": "none", "processes": 1}
+    tiny = {"profile": "quick", "image_size": 32, "batch_size": 8, "weights": "none", "processes": 1}
     return read_settings(tiny | given)
 
 
@@ -110,7 +110,7 @@ def check_compile(device: torch.device) -> Verdict:
     if why := why_not_compile(device):
         return True, f"not used: {why}"
     settings = small()
-    pictures = torch.rand(16, 3, 64, 64, device=device)
+    pictures = torch.rand(8, 3, 32, 32, device=device)
     found = dynamo.explain(build_network(settings, 0.1, OUTPUTS).to(device))(pictures)
     began = time.perf_counter()
     compiled, _ = trained(device, replace(PLAIN, compiled=True))
@@ -160,7 +160,7 @@ def check_checkpoint(device: torch.device) -> Verdict:
 
 def check_worker(device: torch.device) -> Verdict:
     """A worker process sees one GPU, and trains on it."""
-    settings = small(processes=1)
+    settings = small()
     began = time.perf_counter()
     with local_cluster(settings, 1) as client:
         kind, loss = client.submit(_train_in_worker, pure=False).result(timeout=120)
@@ -179,7 +179,7 @@ def check_profile(device: torch.device, profile: str) -> Verdict:
     settings = read_settings(
         {"profile": profile, "weights": "none", "processes": 1}, gpus=torch.cuda.device_count()
     )
-    pace: Pace = measure_pace(settings)
+    pace = measure_pace(settings)
     fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
     says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
     return pace.load < pace.train, says

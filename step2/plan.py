@@ -87,8 +87,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds a picture takes to train and to load, GPU memory in bytes, slices at a time; and how it is known."""
+    """Seconds a picture takes to train and to load, GPU memory in bytes, slices at a time; how that is known.
 
+    weights: of the network, their number.
+    """
+
+    weights: int
     train: float
     load: float
     memory: float
@@ -109,7 +113,7 @@ def network_cost(settings: Settings, half: bool) -> Cost:
     half: in half precision, as on a GPU. PyTorch's own counter of operations takes the backward pass of
     depthwise convolutions for 17 times what it is, so only the forward pass is counted; training takes three.
     """
-    saved, flop = [], 0.0
+    flop, kept, pictures = 0.0, {}, 2
 
     def count(layer: torch.nn.Module, _given: Any, made: Any) -> None:
         nonlocal flop
@@ -118,30 +122,24 @@ def network_cost(settings: Settings, half: bool) -> Cost:
         elif isinstance(layer, torch.nn.Linear):
             flop += 2 * made.numel() * layer.in_features
 
-    for pictures in (1, 2):  # what the second one adds is a picture's
-        with FakeTensorMode():
-            network = build_network(settings, 0.1, OUTPUTS)
-            kept: dict[int, Any] = {}
-            hooks = (
-                [layer.register_forward_hook(count) for layer in network.modules()] if pictures == 1 else []
-            )
-            own = {id(weight.untyped_storage()) for weight in network.parameters()}
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
 
-            def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
-                kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
-                return tensor
-
-            given = torch.empty(pictures, 3, settings.image_size, settings.image_size)
-            with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", torch.bfloat16, enabled=half),
-            ):
-                network.train()(given)
-            for hook in hooks:
-                hook.remove()
-            saved.append(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
+    with (
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        network = build_network(settings, 0.1, OUTPUTS)
+        for layer in network.modules():
+            layer.register_forward_hook(count)
+        network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
     weights = sum(weight.numel() for weight in network.parameters())
-    return Cost(weights, len(network._blocks), flop / 1e9, saved[1] - saved[0])
+    for weight in network.parameters():
+        kept.pop(id(weight.untyped_storage()), None)
+    saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16
+    return Cost(weights, len(network._blocks), flop / pictures / 1e9, saved / pictures)
 
 
 def known_gpu(name: str) -> str:
@@ -160,7 +158,7 @@ def estimate_pace(settings: Settings, name: str) -> Pace:
     train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
     train = max(train, LAUNCH_S * cost.blocks / max(part, 1))
     needs = memory_needed(cost, part)
-    return Pace(train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
+    return Pace(cost.weights, train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
 
 
 def memory_needed(cost: Cost, part: int) -> float:
@@ -186,20 +184,21 @@ def measure_pace(settings: Settings) -> Pace:
     prepare_process(settings, device)
     loading, speed = time_loading(settings), usual_speed(settings, device)
     cost = network_cost(settings, half=speed.precision != "no")
+    basis = f"timed on this {device_name(device)}"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         speed, seconds = what_fits(settings, replace(speed, channels_last=True), device)
         memory = float(torch.cuda.max_memory_allocated())
         release_memory(device)
-        return Pace(seconds / speed.part, loading, memory, speed.part, f"timed on this {device_name(device)}")
-    few = max(1, min(settings.batch_size, round(FEW_GFLOP / cost.gflop)))
+        return Pace(cost.weights, seconds / speed.part, loading, memory, speed.part, basis)
     timed = settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
-    seconds, _ = time_steps(timed, replace(speed, part=few), device)
-    basis = f"timed on this {device_name(device)}"
+    gflop = network_cost(timed, half=False).gflop
+    few = max(1, min(settings.batch_size, round(FEW_GFLOP / gflop)))
+    seconds = time_steps(timed, replace(speed, part=few), device)[0] / few * cost.gflop / gflop
     if timed is not settings:
-        seconds *= cost.gflop / network_cost(timed, half=False).gflop
         basis = f"from its operations, at the speed of {timed.model_name}"
-    return Pace(seconds / few, loading, memory_needed(cost, settings.batch_size), settings.batch_size, basis)
+    memory, part = memory_needed(cost, settings.batch_size), settings.batch_size
+    return Pace(cost.weights, seconds, loading, memory, part, basis)
 
 
 def time_loading(settings: Settings, pictures: int = 24) -> float:
@@ -302,8 +301,9 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     judged = held_out * sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs))
     forward = replace(pace, train=pace.train / 3).seconds(settings.workers)
     seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / settings.processes
-    weights = network_cost(settings, half=False).weights
-    disk = 4 * weights * runs + 14 * weights * settings.processes  # last and best weights; checkpoints
+    disk = (
+        4 * pace.weights * runs + 14 * pace.weights * settings.processes
+    )  # last and best weights; checkpoints
     # with one fold only its own patients are tested
     tested = size.patients if settings.folds > 1 else round(size.patients / 5)
     points = detectable_points(

@@ -1,5 +1,6 @@
 """Parameters of the notebook and the choice of variants: what is wrong gets a sentence on what to do."""
 
+import math
 import shutil
 
 import pytest
@@ -36,8 +37,8 @@ def data(tmp_path_factory):
             "^weights = 'nowhere.pt': no such file; or choose of auto, imagenet, none$",
         ),
         ({"mixed_precision": "fp8"}, "^mixed_precision = 'fp8': should be 'auto', 'bf16', 'fp16' or 'no'$"),
-        ({"profile": "fast"}, "^profile = 'fast': choose of auto, full, quick$"),
-        ({"profile": 1}, "^profile = 1: choose of auto, full, quick$"),
+        ({"profile": "fast"}, "^profile = 'fast': choose of auto, full, medium, quick$"),
+        ({"profile": 1}, "^profile = 1: choose of auto, full, medium, quick$"),
         ({"control_run": "false"}, "^control_run = 'false': should be a valid boolean$"),
         ({"cluster": "nowhere"}, r"^cluster = 'nowhere': should match pattern .*tcp://scheduler:8786"),
         ({"data": 5}, "^data = 5: set the path of a folder, as text$"),
@@ -71,6 +72,22 @@ def test_gpus_select_the_full_profile_and_a_process_each():
 
 def test_no_gpu_selects_the_quick_profile():
     assert read_settings({}, gpus=0).profile == "quick"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "profile"),
+    [
+        (0, math.inf, "quick"),
+        (1, 15.8e9, "medium"),
+        (2, 22.9e9, "medium"),
+        (1, 23.6e9, "full"),
+        (8, 85e9, "full"),
+    ],
+)
+def test_gpu_memory_selects_the_profile_and_says_why(gpus, memory, profile):
+    settings = read_settings({}, gpus, memory)
+    assert settings.profile == profile and settings.why
+    assert read_settings({"profile": "quick"}, gpus, memory).why == "asked for"
 
 
 def test_none_means_the_profiles_own_value():

@@ -1,0 +1,176 @@
+"""The plan before training: costs that were counted elsewhere, arithmetic by hand, and what it says in words."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from step2_helpers import make_settings, write_pictures
+
+from step2 import plan
+from step2.plan import (
+    Pace,
+    Size,
+    choices,
+    estimate_pace,
+    measure_paces,
+    network_cost,
+    plan_in_words,
+    plan_row,
+    plan_table,
+    plan_to_show,
+)
+from step2.settings import read_settings
+
+KAGGLE = Size(6000, 2000, 7)
+
+
+def profile(name: str, **given):
+    """Return a profile's settings on one GPU."""
+    return read_settings({"profile": name, "weights": "none", "processes": 1} | given, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "gflop", "weights"),
+    [
+        ("efficientnet-b0", 224, 0.77, 4.0e6),
+        ("efficientnet-b2", 260, 2.0, 7.7e6),
+        ("efficientnet-b7", 600, 75.5, 63.8e6),
+    ],
+)
+def test_operations_and_weights_are_those_counted_by_hand(name, size, gflop, weights):
+    """Twice the multiplications that Tan and Le give (0.39, 1.0 and 37 billion), with six outputs."""
+    cost = network_cost(profile("full", model_name=name, image_size=size), half=True)
+    assert cost.gflop == pytest.approx(gflop, rel=0.02) and cost.weights == pytest.approx(weights, rel=0.02)
+
+
+def test_memory_of_full_is_what_pytorchs_memory_tracker_found():
+    """15.5 GB at the peak of a step of 8 slices in bf16, by torch.distributed._tools.mem_tracker."""
+    assert estimate_pace(profile("full"), "H100").memory == pytest.approx(15.5e9, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def on_a_t4():
+    """What the choices for 6,000 slices would cost on a T4."""
+    return plan_table(profile("medium"), KAGGLE, "T4").set_index("choice")
+
+
+def test_full_goes_in_parts_on_a_small_gpu_and_medium_takes_a_night(on_a_t4):
+    table = on_a_t4
+    assert table.loc["as set", "hours"] < 6 and table.loc["as set", "at_a_time"] == 32
+    assert table.loc["profile full", "at_a_time"] == 4 and table.loc["profile full", "hours"] > 96
+
+
+def test_hours_by_hand():
+    """Two of three folds train 60 slices in 2 batches of 30, for 10 epochs, each looked at; 3 s a slice and
+    1 s to load it, 1 + 1 s to predict it; 24 runs by two processes."""
+    settings = make_settings(epochs=10, batch_size=30, folds=3, processes=2)
+    row = plan_row("as set", settings, Size(90, 63, 7), Pace(1000, 3.0, 1.0, 5e9, 30, "by hand"))
+    assert row["runs"] == 24 and row["pictures"] == 24 * 600
+    assert row["hours"] == pytest.approx(24 * (600 * 4 + 300 * 2) / 2 / 3600)
+    assert row["trained_per_s"] == pytest.approx(1 / 3) and row["loaded_per_s"] == 1
+
+
+def test_threads_load_while_the_network_trains():
+    assert (
+        Pace(1, 3.0, 1.0, 0, 1, "").seconds(workers=2) == 3
+        and Pace(1, 3.0, 4.0, 0, 1, "").seconds(workers=2) == 4
+    )
+    assert Pace(1, 3.0, 1.0, 0, 1, "").seconds(workers=0) == 4
+
+
+def test_each_choice_differs_from_what_is_set_and_comes_once():
+    for settings in (profile("full"), profile("medium", folds=3), make_settings(folds=1, repeats=3)):
+        names = [name for name, *_ in choices(settings, KAGGLE)]
+        assert names[0] == "as set" and len(set(names)) == len(names)
+        assert f"folds {settings.folds}" not in names and f"profile {settings.profile}" not in names
+
+
+def test_fewer_folds_slices_and_repeats_cost_less_and_find_less(on_a_t4):
+    table = on_a_t4
+    for fewer in ("folds 1", "folds 3", "a third of the slices", "a tenth of the slices"):
+        assert table.loc[fewer, "hours"] < table.loc["as set", "hours"]
+        assert table.loc[fewer, "detectable"] > table.loc["as set", "detectable"]
+    assert table.loc["repeats 3", "hours"] == pytest.approx(3 * table.loc["as set", "hours"])
+
+
+def row(**changed):
+    """Return the first row of a plan, as a table."""
+    usual = {"choice": "as set", "profile": "full", "folds": 5, "repeats": 1, "slices": 90, "patients": 63}
+    usual |= {"runs": 40, "pictures": 72_000, "hours": 0.5, "gpu_gb": 15.5, "at_a_time": 8, "disk_gb": 1.0}
+    usual |= {"detectable": 9.0, "basis": "timed", "loaded_per_s": 600.0, "trained_per_s": 100.0}
+    return pd.DataFrame([usual | changed])
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({}, r"40 runs train 72,000 pictures in about 30 minutes \(timed\)$"),
+        ({"hours": 30.0}, r"about 30\.0 hours .*: 1\.2 days; think of fewer slices"),
+        ({"hours": 30.0}, r"^where a session ends after 12 hours, that is 3 of them, and 1\.0 weeks"),
+        ({"at_a_time": 4}, "^memory holds 4 slices at a time"),
+        ({"at_a_time": 0}, "^a single slice doesn't fit in the GPU's memory: lower image_size"),
+        ({"trained_per_s": 700.0}, "^loading pictures takes longer than training: raise workers$"),
+        ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
+        ({"detectable": np.nan}, "^so few patients could show no difference"),
+        ({}, r"^a difference of 9\.0 points in accuracy would be found in 8 of 10"),
+    ],
+)
+def test_what_the_plan_says(changed, sentence):
+    said = plan_in_words(row(**changed), free_bytes=2e9)
+    assert [line for line in said if pd.Series([line]).str.contains(sentence, regex=True)[0]], said
+
+
+def test_plan_to_show_has_a_line_for_each_choice_without_nan():
+    shown = plan_to_show(pd.concat([row(), row(choice="a tenth", detectable=np.nan)]))
+    assert list(shown.index) == ["as set", "a tenth"] and list(shown["finds, points"]) == ["9.0", "-"]
+
+
+def test_a_step_is_timed_here():
+    (pace,) = measure_paces([make_settings()])
+    assert pace.train > 0 and pace.load > 0 and pace.part == 8 and pace.basis.startswith("timed on this cpu")
+
+
+@pytest.mark.processes
+def test_a_step_is_timed_in_as_many_processes_as_train():
+    paces = measure_paces([make_settings(processes=2), make_settings(processes=2, image_size=40)])
+    assert len(paces) == 2 and all(pace.train > 0 for pace in paces)
+
+
+def test_network_too_large_for_a_cpu_is_not_timed(monkeypatch):
+    """It takes what its operations take at the speed of a smaller one."""
+    monkeypatch.setattr(plan, "FEW_GFLOP", 2.5 * network_cost(make_settings(), half=False).gflop)
+    monkeypatch.setattr(plan, "STAND_IN", {"model_name": "efficientnet-narrow", "image_size": 32})
+    small, large = measure_paces([make_settings(), make_settings(image_size=64)])
+    assert large.basis == "from its operations, at the speed of efficientnet-narrow"
+    assert large.train > small.train
+
+
+def test_command_plans_for_another_machine(tmp_path, monkeypatch, capsys):
+    arguments = ["--profile", "auto", "--slices", "6000", "--patients", "2000", "--gpu", "t4"]
+    monkeypatch.setattr("sys.argv", ["plan", *arguments, "--results", str(tmp_path / "r")])
+    plan.main()
+    said = capsys.readouterr().out
+    assert said.startswith("medium profile: the GPU has 16 GB, full is for 24 and more\n")
+    assert "estimated from the T4's data sheet" in said
+    assert pd.read_csv(tmp_path / "r" / "plan.csv")["choice"][0] == "as set"
+
+
+def test_command_plans_for_the_pictures_that_are_there(tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "png")
+    given = ["--data", str(tmp_path / "png"), "--profile", "quick", "--gpu", "T4", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["plan", *given])
+    plan.main()
+    assert "9 runs train" in capsys.readouterr().out  # two variants and the control, 3 folds
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--gpu", "T5", "--slices", "9"], r"^--gpu T5: choose of T4, P100, "),
+        (["--profile", "huge", "--slices", "9"], "^profile = 'huge': choose of auto, full, medium, quick$"),
+        (["--data", "nowhere"], "manifest"),
+    ],
+)
+def test_wrong_command_gets_a_sentence(tmp_path, monkeypatch, given, sentence):
+    monkeypatch.setattr("sys.argv", ["plan", *given, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=sentence):
+        plan.main()
