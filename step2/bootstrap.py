@@ -26,12 +26,14 @@ def patient_ids(predictions: pd.DataFrame) -> pd.Series:
     return patient.where(patient != "", "image " + predictions["image"].astype("string")).astype(str)
 
 
-def sum_by_patient(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def sum_by_patient(values: np.ndarray, codes: np.ndarray, count: int | None = None) -> np.ndarray:
     """Return the sums of values (images, ...) over each patient's images, float (patients, ...).
 
-    codes: int (images,), the patient's number, 0 and up.
+    codes: int (images,), the patient's number, 0 and up; count: how many patients, where not the highest says it.
     """
-    sums = np.zeros((codes.max() + 1 if len(codes) else 0, *values.shape[1:]))
+    if count is None:
+        count = codes.max() + 1 if len(codes) else 0
+    sums = np.zeros((count, *values.shape[1:]))
     np.add.at(sums, codes, values)
     return sums
 
@@ -41,10 +43,10 @@ def bootstrap_weights(n_patients: int, n_draws: int, seed: int) -> Iterator[np.n
     rng = np.random.default_rng(seed)
     for start in range(0, n_draws, DRAW_BLOCK):
         draws = min(DRAW_BLOCK, n_draws - start)
-        drawn = rng.integers(n_patients, size=(draws, n_patients)) + n_patients * np.arange(draws)[:, None]
-        yield (
-            np.bincount(drawn.ravel(), minlength=draws * n_patients).reshape(draws, n_patients).astype(float)
-        )
+        weights = np.empty((draws, n_patients))
+        for row in weights:
+            row[:] = np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)
+        yield weights
 
 
 def standard_error(draws: np.ndarray, n_patients: int) -> float:

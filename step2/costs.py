@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import Step1_Image_Preprocessing as step1
-from step2.variants import CLASSES
+from step2.classes import order_classes
 
 TIMED_SLICES = 12  # the first of each class, then the second, ...
 SIZED_FILES = 300  # whose size is looked up
@@ -28,7 +28,8 @@ def cost_table(data: Path, raw_data: Path, predictions: pd.DataFrame, history: p
 
 def raw_slices(raw_data: Path, count: int = TIMED_SLICES) -> list[Path]:
     """Return up to count DICOM files of TrainingData, one class after the other."""
-    by_class = [sorted((raw_data / "TrainingData" / c).glob("*.dcm")) for c in CLASSES]
+    folders = {path.parent.name for path in (raw_data / "TrainingData").glob("*/*.dcm")}
+    by_class = [sorted((raw_data / "TrainingData" / c).glob("*.dcm")) for c in order_classes(folders)]
     return [files[i] for i in range(count) for files in by_class if i < len(files)][:count]
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import pandas as pd
 
 from step2.bootstrap import MIN_PATIENTS
-from step2.metrics import METRIC_DRAWS, concordance, patient_counts, ranking_estimates, sensitivity_at_90
+from step2.classes import HEALTHY, classes_of
+from step2.metrics import (
+    METRIC_DRAWS,
+    concordance,
+    patient_counts,
+    patients_behind,
+    ranking_estimates,
+    sensitivity_at_90,
+)
 from step2.statistics import all_contrasts, holm
 
 ENDPOINTS = {"AUC": concordance, "sensitivity at 90 % specificity": sensitivity_at_90}
@@ -17,17 +25,18 @@ MIN_HEALTHY = 10  # healthy slices a fold; of fewer, 90 % is no number of slices
 def endpoint_table(
     predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = METRIC_DRAWS, seed: int = 0
 ) -> pd.DataFrame:
-    """Return all contrasts of both endpoints, DataFrame; empty where there are too few healthy or bleeding.
+    """Return all contrasts of both endpoints, DataFrame; empty where there are no or too few healthy or bleeding.
 
     Columns: endpoint, contrast, kind, a, b, value_a, value_b (of single pairs), difference, error,
     patient_error, training_error, ci_low, ci_high, p_value, p_holm (within endpoint and kind). Secondary:
     nothing corrects for there being two endpoints beside accuracy.
     """
     declared, rows = all_contrasts(predictions, control)
-    counts = patient_counts(predictions)
-    if not declared or min(counts["healthy"], counts["bleeding"]) < MIN_PATIENTS:
+    if not declared or HEALTHY not in classes_of(predictions):
         return pd.DataFrame()
-    healthy = rows[rows["label"] == "healthy"].groupby(["variant", "repeat", "fold"]).size()
+    if patients_behind("any_auc", patient_counts(predictions)) < MIN_PATIENTS:
+        return pd.DataFrame()
+    healthy = rows[rows["label"] == HEALTHY].groupby(["variant", "repeat", "fold"]).size()
     found = []
     for endpoint, measure in ENDPOINTS.items():
         if measure is sensitivity_at_90 and healthy.min() < MIN_HEALTHY:

@@ -5,11 +5,13 @@ wherever they are trained, byte for byte, as long as the processor is.
 """
 
 import logging
+import math
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +26,9 @@ from tqdm.auto import tqdm
 from Step1_Image_Preprocessing import interrupts_blocked
 from step2.files import write_atomically
 from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
-from step2.settings import is_watched
-from step2.speed import step_seconds
-from step2.training import is_judged
+from step2.sessions import part_in_words, whole_part
+from step2.settings import Settings, is_watched
+from step2.training import OutOfTime
 from step2.variants import require
 
 TOPIC = "step2-progress"
@@ -44,50 +46,53 @@ class Stopped(Exception):
     """The scheduler has withdrawn this run: the notebook was interrupted, or is gone."""
 
 
-def train_all(comparison: Comparison) -> None:
+def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
     """Train every run that isn't complete, and print how it goes; what a kill left behind is used.
 
-    RuntimeError, with what to do, where workers die or can't be reached.
+    ends: when training has to be over, in seconds since 1970. Returns the comparison of the folds that are
+    whole by then. RuntimeError, with what to do, where there is none, or workers die or can't be reached.
     """
+    comparison = replace(comparison, only=None)  # where this is run again, it is a part by now
     for line in remove_damaged(comparison):
         print(line)
     waiting = [run for run in comparison.runs if not is_complete(comparison, run)]
     print(f"{len(comparison.runs)} runs, {len(waiting)} of them to train", flush=True)
-    if not waiting:
-        return
+    if waiting:
+        train_waiting(comparison, waiting, ends)
+    whole = whole_part(comparison, [run for run in waiting if not is_complete(comparison, run)])
+    if part := part_in_words(whole):
+        print(f"the time is over: what follows is about {part} alone; run the same again to train the rest")
+    return whole
+
+
+def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> None:
+    """Train these runs as far as the time goes, here or on Dask's workers, as the settings say."""
     settings, progress = comparison.settings, Progress(comparison, len(comparison.runs) - len(waiting))
     try:
         if settings.cluster:
             with clients_of(settings.cluster) as client:
-                train_on(client, comparison, waiting, progress)
+                train_on(client, comparison, waiting, progress, ends)
         elif settings.processes == 1:
-            train_here(comparison, waiting, progress)
+            train_here(comparison, waiting, progress, ends)
         else:
-            with local_cluster(comparison, len(waiting)) as client:
-                train_on(client, comparison, waiting, progress)
+            with local_cluster(settings, len(waiting)) as client:
+                train_on(client, comparison, waiting, progress, ends)
     finally:
         progress.close()
 
 
-def expected_minutes(comparison: Comparison) -> float:
-    """Return how long all runs would take, in minutes, from the time of a training step on this machine."""
-    settings, (train, held_out) = comparison.settings, comparison.split(comparison.runs[0])
-    looks = sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs)) / settings.epochs
-    run = comparison.steps * step_seconds(settings) * (1 + looks * len(held_out) / len(train) / 3)
-    return len(comparison.runs) * run / settings.processes / 60
-
-
-def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress") -> None:
-    """Train in this process, one run after the other."""
+def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress", ends: float) -> None:
+    """Train in this process, one run after the other; none is begun after one that ran out of time."""
     cv2.setNumThreads(0)
-    for run in waiting:
-        progress.finish(run, complete_run(comparison, run, partial(progress.tell, str(run))))
+    with suppress(OutOfTime):
+        for run in waiting:
+            progress.finish(run, complete_run(comparison, run, partial(progress.tell, str(run)), ends))
 
 
 # ---------------------------------------- Dask
 
 
-def train_on_worker(comparison: Comparison, run: Run) -> dict[str, Any]:
+def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, Any]:
     """Train a run in a Dask worker, and tell the notebook how far it is twice a second."""
     same = comparison.code == code_digest()
     require(same, "this worker has another version of step2/: start the workers again")
@@ -104,13 +109,12 @@ def train_on_worker(comparison: Comparison, run: Run) -> dict[str, Any]:
             told = time.monotonic()
             worker.log_event(TOPIC, {"run": str(run), "epochs": epochs})
 
-    return complete_run(comparison, run, tell)
+    return complete_run(comparison, run, tell, ends)
 
 
 @contextmanager
-def local_cluster(comparison: Comparison, runs: int) -> Iterator[Client]:
+def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
     """Start workers on this machine, one thread and one GPU each, that listen to this machine alone."""
-    settings = comparison.settings
     options = {
         "distributed.worker.daemon": False,  # daemons could not start processes that load pictures
         "distributed.comm.timeouts.connect": "10s",
@@ -192,17 +196,27 @@ def wait_for_workers(client: Client) -> dict[str, Any]:
     return workers
 
 
-def train_on(client: Client, comparison: Comparison, waiting: list[Run], progress: "Progress") -> None:
-    """Have all runs trained by Dask's workers; the first error ends the rest."""
+def train_on(
+    client: Client, comparison: Comparison, waiting: list[Run], progress: "Progress", ends: float
+) -> None:
+    """Have all runs trained by Dask's workers; the first error ends the rest.
+
+    The first one that runs out of time ends those that have not begun; the others train while they can.
+    """
     client.subscribe_topic(TOPIC, lambda event: progress.note(event[1]["run"], event[1]["epochs"]))
     order = {"pure": False, "retries": 0}
-    futures = {client.submit(train_on_worker, comparison, run, **order): run for run in waiting}
+    futures = {client.submit(train_on_worker, comparison, run, ends, **order): run for run in waiting}
     seen = time.monotonic()
     try:
         while futures:
             for future in [future for future in futures if future.done()]:
-                progress.finish(futures[future], result_of(future, futures[future]))
-                del futures[future]
+                run = futures.pop(future)
+                try:
+                    progress.finish(run, result_of(future, run))
+                except OutOfTime:
+                    begun = {f for f, run in futures.items() if f.done() or str(run) in progress.at_work}
+                    client.cancel([f for f in futures if f not in begun], force=True)
+                    futures = {f: run for f, run in futures.items() if f in begun}
             if client.status == "running" and client.scheduler_info(n_workers=-1)["workers"]:
                 seen = time.monotonic()
             if time.monotonic() - seen > PATIENCE_S:

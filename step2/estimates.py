@@ -4,9 +4,9 @@ A variant's accuracy would come out otherwise on other patients, and otherwise o
 another training (new folds, initial weights and order). The first noise shrinks as patients grow, the second
 as trainings do, so both have to be in an error. Patients: covariances between variants over bootstrap draws
 of whole patients, which take the trained networks as given. Trainings: the accuracies form a table of
-variants by folds. What neither variant nor fold explains of it (the interaction) is training noise and
-sampling noise together; taking off what the sampling of patients explains, by the same draws, leaves the
-variance of one training, pooled over variants (and control).
+variants by folds, each repeat with folds of its own. What neither variant nor fold explains of it (the
+interaction) is training noise and sampling noise together; taking off what the sampling of patients explains,
+by the same draws, leaves the variance of one training, pooled over variants (and control).
 
 A contrast's error^2 is its own patient variance plus, for each variant in it, the training variance shared by
 its trainings; t after Satterthwaite (1946). Folds share training slices, so no estimate of the variance over
@@ -18,34 +18,46 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
 
 # The interaction has to exceed what patients explain by this part before training noise is seen in it: a variance
-# that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation
-# (tests/benchmarks/simulate_intervals.py): 0 costs 7 to 12 % of the intervals' width, 0.3 misses real noise.
-CAUTION = 0.2
+# that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation, of eight
+# columns (tests/benchmarks/simulate_intervals.py): without it intervals are 11 % (3 folds) or 7 % (5) wider where
+# there is no noise; 0.3 leaves 7 to 8 % false positives where noise and patients weigh alike.
+CAUTION = 0.16
 
 
 @dataclass(frozen=True)
 class Estimates:
     """A metric of k variants. values: float (k,); patients: covariance from who was tested, float (k, k).
 
-    training: variance of one training (a fold's) about its variant, for errors; NaN where the table can't
-    tell (one variant, or one fold). spread: the interaction's mean square, of which it is a part.
-    seen: (estimate, lower, upper) of the training variance's square root, for reports, 95 %.
-    share: sum of the squared shares of a variant's trainings; freedom: degrees, of patients and trainings.
+    spread: the mean square of the interaction; sampling: the part of it that patients explain; NaN where the
+    table can't tell (one variant, or one training of each). share: sum of the squared shares of a variant's trainings.
+    freedom: degrees, of patients and of the interaction.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     patients: np.ndarray
-    training: float
     spread: float
-    seen: tuple[float, float, float]
+    sampling: float
     share: float
     freedom: tuple[int, int]
+
+    @property
+    def training(self) -> float:
+        """The variance of one training (a fold's) about its variant, as errors take it; 0 where none is seen."""
+        return float(np.nan_to_num(cautious(self.spread, self.sampling)))
+
+    @property
+    def seen(self) -> tuple[float, float, float]:
+        """The SD of one training and its 95 % interval, as reports show it; NaN where the table can't tell."""
+        chi2 = stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], max(self.freedom[1], 1))
+        ends = self.spread * self.freedom[1] / chi2
+        sd, low, high = np.sqrt(np.maximum(np.r_[self.spread, ends] - self.sampling, 0))
+        return float(sd), float(low), float(high)
 
     def errors(self, coefficients: np.ndarray) -> tuple[float, float, float]:
         """Return a contrast's errors, from patients and from trainings, and its degrees of freedom.
@@ -54,15 +66,11 @@ class Estimates:
         """
         sampling = float(coefficients @ self.patients @ coefficients)
         shared = self.share * float(coefficients @ coefficients)
-        luck = np.nan_to_num(self.training) * shared
+        luck = self.training * shared
         if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
             return np.nan, np.nan, np.nan
-        doubt = sampling**2 / self.freedom[0]
-        if luck > 0:  # it is a difference, which is as unsure as what it was taken from
-            doubt += (self.spread * shared) ** 2 / self.freedom[1]
-        freedom = (sampling + luck) ** 2 / doubt
-        least = min(self.freedom) if luck > 0 else self.freedom[0]
-        return float(np.sqrt(sampling)), float(np.sqrt(luck)), max(freedom, least)
+        freedom = satterthwaite(sampling, luck, self.spread * shared, self.freedom)
+        return float(np.sqrt(sampling)), float(np.sqrt(luck)), float(freedom)
 
     def contrast(self, coefficients: np.ndarray) -> dict[str, float]:
         """Return difference, 95 % interval, errors and p of a contrast, dict; NaN where not estimable.
@@ -72,12 +80,17 @@ class Estimates:
         difference = float(np.round(coefficients @ self.values, 12))
         sampling, luck, freedom = self.errors(coefficients)
         error = float(np.hypot(sampling, luck))
-        half = stats.t.ppf(1 - ALPHA / 2, freedom) * error
-        p = 2 * stats.t.sf(abs(difference) / error, freedom)
-        noise = self.seen[0] * np.sqrt(self.share * float(coefficients @ coefficients))
+        half = special.stdtrit(freedom, 1 - ALPHA / 2) * error  # Student's t, without scipy.stats' overhead
+        p = 2 * special.stdtr(freedom, -abs(difference) / error)
+        noise = np.maximum(self.spread - self.sampling, 0) * self.share * float(coefficients @ coefficients)
         return {
             **{"difference": difference, "ci_low": difference - half, "ci_high": difference + half},
-            **{"error": error, "patient_error": sampling, "training_error": luck, "seed_noise": noise},
+            **{
+                "error": error,
+                "patient_error": sampling,
+                "training_error": luck,
+                "seed_noise": float(np.sqrt(noise)),
+            },
             **{"p_value": p, "freedom": freedom},
         }
 
@@ -87,7 +100,7 @@ class Estimates:
         freedom = min((self.errors(step)[2] for step in steps), default=np.nan)
         if np.isnan(freedom):
             return np.nan
-        luck = np.nan_to_num(self.training) * self.share
+        luck = self.training * self.share
         covariance = steps @ self.patients @ steps.T + luck * steps @ steps.T
         apart = steps @ self.values
         wald = float(apart @ np.linalg.pinv(covariance, hermitian=True) @ apart) / len(steps)
@@ -102,6 +115,27 @@ class Estimates:
         return found
 
 
+def cautious(mean_square: np.ndarray | float, sampling: np.ndarray | float) -> np.ndarray:
+    """Return the training variance that an interaction's mean square shows beyond what patients explain."""
+    return np.maximum(mean_square - (1 + CAUTION) * sampling, 0.0)
+
+
+def satterthwaite(
+    sampling: np.ndarray | float,
+    luck: np.ndarray | float,
+    spread: np.ndarray | float,
+    freedom: tuple[int, int],
+) -> np.ndarray:
+    """Return the degrees of freedom of sampling + luck, variances from patients and from trainings.
+
+    spread: what luck was taken from, patients' part included. freedom: degrees of sampling and of spread.
+    """
+    # luck is a difference, which is as unsure as what it was taken from
+    doubt = np.where(np.greater(luck, 0), np.square(spread) / max(freedom[1], 1), 0.0)
+    least = np.where(np.greater(luck, 0), min(freedom), freedom[0])
+    return np.maximum(np.square(sampling + luck) / (np.square(sampling) / freedom[0] + doubt), least)
+
+
 def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patients: int) -> Estimates:
     """Return the estimates of a metric that is a quotient of two sums over cells.
 
@@ -113,35 +147,47 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         cells, drawn = observed[0] / observed[1], draws[:, 0] / draws[:, 1]
         values = observed[0].sum((1, 2)) / observed[1].sum((1, 2))
         totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
+    covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
-    unbiased = patients / max(patients - 1, 1)
-    covariance = np.atleast_2d(np.cov(totals[np.isfinite(totals).all(1)], rowvar=False)) * unbiased
-    if np.isnan(totals).mean() > ALPHA:
-        covariance = np.full((k, k), np.nan)
+    freedom = (k - 1) * (repeats * folds - 1)
+    spread = interaction(cells) / freedom if freedom else np.nan
+    sampling = explained_by_patients(cells, drawn, patients) / freedom if freedom else np.nan
     weights = observed[1, 0] / observed[1, 0].sum()
-    freedom = (k - 1) * repeats * (folds - 1)
-    training, mean_square, seen = np.nan, np.nan, (np.nan, np.nan, np.nan)
-    if freedom and np.isfinite(drawn).all((1, 2, 3)).mean() > 1 - ALPHA:
-        drawn = drawn[np.isfinite(drawn).all((1, 2, 3))]
-        whole = patients / folds / max(patients / folds - 1, 1)
-        within = interaction(cells)
-        # the same sum of squares in each draw, about that of the observed table, is what patients explain
-        sampling = interaction(drawn - cells).mean() / freedom * whole
-        mean_square = within / freedom
-        training = max(mean_square - (1 + CAUTION) * sampling, 0.0)
-        ends = within / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom) - sampling
-        seen = tuple(np.sqrt(np.maximum([mean_square - sampling, *ends], 0)))  # type: ignore[assignment]
     share = float((weights**2).sum())
-    degrees = (patients - 1, freedom)
-    return Estimates(tuple(names), values, covariance, training, mean_square, seen, share, degrees)
+    return Estimates(tuple(names), values, covariance, spread, sampling, share, (patients - 1, freedom))
+
+
+def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:
+    """Return the covariance of variants from who was tested, float (k, k); NaN where many draws have no value.
+
+    totals: the metric in each draw, float (draws, k).
+    """
+    k = totals.shape[1]
+    if np.isnan(totals).mean() > ALPHA:
+        return np.full((k, k), np.nan)
+    known = totals[np.isfinite(totals).all(1)]
+    return np.atleast_2d(np.cov(known, rowvar=False)) * patients / max(patients - 1, 1)
+
+
+def explained_by_patients(cells: np.ndarray, drawn: np.ndarray, patients: int) -> float:
+    """Return the interaction's sum of squares that the choice of patients makes; NaN where many draws have none.
+
+    It is that of each draw about the observed table. cells: float (k, repeats, folds). drawn: float (draws, ...).
+    """
+    known = drawn[np.isfinite(drawn).all((1, 2, 3))]
+    if len(known) <= (1 - ALPHA) * len(drawn):
+        return np.nan
+    return float(interaction(known - cells).mean() * patients / max(patients - 1, 1))
 
 
 def interaction(cells: np.ndarray) -> np.ndarray:
-    """Return the sum of squares that neither variant nor fold explains, within repeats, float (...).
+    """Return the sum of squares that neither variant nor fold explains, float (...).
 
-    cells: float (..., variants, repeats, folds).
+    cells: float (..., variants, repeats, folds). A fold of each repeat is one of its own, so that what repeats
+    of one variant differ by counts too: in simulation its variance was found with errors 10 to 25 % smaller than
+    from folds within repeats alone, and a single split that is repeated says something as well.
     """
-    centred = cells - cells.mean(-1, keepdims=True)
+    centred = cells - cells.mean((-2, -1), keepdims=True)
     centred = centred - centred.mean(-3, keepdims=True)
     return (centred**2).sum((-3, -2, -1))
 
@@ -197,15 +243,11 @@ def mean_estimates(
     """Return the estimates of a mean over rows. values: float (rows, k), such as 1 for right, 0 for wrong."""
     count, places = cells.patients, cells.shape[0] * cells.shape[1]
     both = np.column_stack([values, np.ones(len(values))])
-    sums = []
-    for place in range(places):
-        inside = cells.cell == place
-        members, codes = np.unique(cells.codes[inside], return_inverse=True)
-        sums.append((members, sum_by_patient(both[inside], codes)))
-    shape = (-1, len(names) + 1, *cells.shape)
+    sums = sum_by_patient(both, cells.codes * places + cells.cell, count * places)
+    sums = sums.reshape(count, places, -1).transpose(0, 2, 1).reshape(count, -1)  # patients; column, place
 
     def quotient(weights: np.ndarray) -> np.ndarray:
-        found = np.stack([weights[:, members] @ of_cell for members, of_cell in sums], axis=-1).reshape(shape)
+        found = (weights @ sums).reshape(len(weights), -1, *cells.shape)
         counts = np.broadcast_to(found[:, -1:], found[:, :-1].shape)
         return np.stack([found[:, :-1], counts], axis=1)
 

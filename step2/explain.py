@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from step2.classes import HEALTHY, wrapped
 from step2.figures import grid, in_lines, tile
 from step2.network import build_network, normalise
 from step2.pictures import read_png, to_channels
 from step2.runs import Comparison, Run, load_last
-from step2.variants import CLASSES
 
 CELLS = 10
 
@@ -50,20 +50,23 @@ def grad_cam(network: torch.nn.Module, pictures: torch.Tensor, classes: torch.Te
 
 
 def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
-    """Draw a held-out slice of each kind of bleed (columns) in each variant (rows) under its Grad-CAM."""
-    variants, settings = comparison.variants, comparison.settings
-    held_out = predictions[predictions["variant"] == variants[0]].query("repeat == 1 and fold == 1")
-    shown = held_out.groupby("label").nth(0).set_index("label").reindex(CLASSES[1:]).dropna(subset="image")
-    truth = torch.tensor([CLASSES.index(label) for label in shown.index])
+    """Draw a held-out slice of each class but healthy (columns) in each variant (rows) under its Grad-CAM."""
+    variants, settings, classes = comparison.variants, comparison.settings, comparison.slices.classes
+    repeat, fold = comparison.places[0]
+    held_out = predictions[predictions["variant"] == variants[0]]
+    held_out = held_out[(held_out["repeat"] == repeat) & (held_out["fold"] == fold)]
+    bleeds = [name for name in classes if name != HEALTHY]
+    shown = held_out.groupby("label").nth(0).set_index("label").reindex(bleeds).dropna(subset="image")
+    truth = torch.tensor([classes.index(label) for label in shown.index])
     figure, axes = grid(len(variants), len(shown), 1.4)
-    network = build_network(settings, 0.1)
+    network = build_network(settings, 0.1, len(classes))
     for row, variant in enumerate(variants):
-        load_last(comparison, Run(variant, 1, 1), network)
+        load_last(comparison, Run(variant, repeat, fold), network)
         paths = [settings.data / variant / image for image in shown["image"]]
         pictures = [read_png(path, settings.image_size) for path in paths]
         maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)
         for column, label in enumerate(shown.index):
             side = "" if column else in_lines(variant)
-            tile(axes[row, column], pictures[column], "" if row else label, side)
+            tile(axes[row, column], pictures[column], "" if row else wrapped(label, 18), side)
             axes[row, column].imshow(maps[column], cmap="jet", vmin=0, vmax=1, alpha=0.45 * maps[column])
     return figure

@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 
 from step2.bootstrap import MIN_PATIENTS
+from step2.classes import classes_of, order_classes, short_names, wrapped
 from step2.metrics import (
     GRID,
     confusion_counts,
+    guesses,
     mean_curve,
     metric_of,
     patient_counts,
@@ -23,14 +25,13 @@ from step2.metrics import (
 from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
 from step2.statistics import EQUIVALENCE, in_points
-from step2.variants import BASELINE, CHANCE, CLASSES, KNOWN_VARIANTS
+from step2.variants import BASELINE, KNOWN_VARIANTS
 
 # Okabe and Ito's colours, then Tol's muted ones for further variants
 COLORS = (
     *("#555555", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00"),
     *("#882255", "#117733", "#332288", "#999933", "#AA4499", "#44AA99", "#88CCEE", "#DDCC77"),
 )
-SHORT = dict(zip(CLASSES, ("healthy", "IPH", "IVH", "SAH", "SDH", "EDH"), strict=True))  # as the field says
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # told apart in grey print
 KIND_LOOKS = {  # kind -> heading, marker, colour
     "primary": (f"Against {BASELINE} (primary)", "s", "#0072B2"),
@@ -79,25 +80,27 @@ def in_lines(variant: str) -> str:
 
 def draw_variants(data: Path, variants: Sequence[str], slices: pd.DataFrame, size: int) -> plt.Figure:
     """Draw a row for one slice of each class, a column for each variant, in size x size pixels."""
-    shown = slices.groupby("label").nth(0).set_index("label").reindex(CLASSES).dropna(subset="image")
+    shown = slices.groupby("label").nth(0).set_index("label").loc[list(order_classes(slices["label"]))]
     figure, axes = grid(len(shown), len(variants), 1.45)
     for row, label in enumerate(shown.index):
         for column, variant in enumerate(variants):
             picture = read_png(data / variant / shown.loc[label, "image"], size)
-            tile(axes[row, column], picture, "" if row else in_lines(variant), "" if column else label)
+            side = "" if column else wrapped(label, 20)
+            tile(axes[row, column], picture, "" if row else in_lines(variant), side)
     return figure
 
 
 def draw_augmented(settings: Settings, variant: str, slices: pd.DataFrame, epochs: int = 6) -> plt.Figure:
     """Draw a row for one slice of each class: as it is, and as the first epochs get it."""
     pictures = Pictures(settings.data / variant, list(slices["image"]), settings, settings.seed)
-    first = sorted(slices.drop_duplicates("label").index, key=lambda i: CLASSES.index(slices["label"][i]))
+    first = {label: index for index, label in slices.drop_duplicates("label")["label"].items()}
     figure, axes = grid(len(first), epochs + 1, 1.3)
-    for row, index in enumerate(first):
+    for row, label in enumerate(order_classes(first)):
         for column, epoch in enumerate([None, *range(epochs)]):
             title = "as it is" if epoch is None else f"epoch {epoch + 1}"
-            side = "" if column else slices["label"][index]
-            tile(axes[row, column], to_picture(pictures[epoch, index][0]), "" if row else title, side)
+            side = "" if column else wrapped(label, 18)
+            picture = to_picture(pictures[epoch, first[label]][0])
+            tile(axes[row, column], picture, "" if row else title, side)
     return figure
 
 
@@ -122,7 +125,7 @@ def draw_curve(axis: plt.Axes, runs: pd.DataFrame, column: str, color: str, labe
 
 
 def draw_learning(
-    history: pd.DataFrame, variants: Sequence[str], learning: Collection[str] = ()
+    history: pd.DataFrame, variants: Sequence[str], classes: int, learning: Collection[str] = ()
 ) -> plt.Figure:
     """Draw loss above and accuracy below, a column for each variant; the control is not shown.
 
@@ -137,8 +140,8 @@ def draw_learning(
         draw_curve(loss, runs, "val_loss", "#D55E00", "held out")
         draw_curve(accuracy, runs, "train_accuracy", "#999999", "training")
         draw_curve(accuracy, runs, "val_accuracy", "#0072B2", "held out")
-        loss.axhline(-math.log(CHANCE), color="#555555", ls=":", lw=1, label="guessing")
-        accuracy.axhline(CHANCE, color="#555555", ls=":", lw=1, label="guessing")
+        loss.axhline(math.log(classes), color="#555555", ls=":", lw=1, label="guessing")
+        accuracy.axhline(1 / classes, color="#555555", ls=":", lw=1, label="guessing")
         accuracy.set(ylim=(0, 1.03), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
     axes[0, 0].set(ylabel="log loss", ylim=(0, min(history["val_loss"].max() * 1.05, 4)))
@@ -257,7 +260,10 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     if BASELINE in names:
         reference = 100 * metric_of(metrics, BASELINE, "accuracy")[0]
         axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=f"{BASELINE}")
-    axis.axvline(100 * CHANCE, color="black", ls="--", lw=1, label="chance")
+    chance, commonest = guesses(predictions)
+    axis.axvline(100 * chance, color="black", ls="--", lw=1, label="chance")
+    if commonest:
+        axis.axvline(100 * commonest, color="black", ls=":", lw=1, label="commonest class")
     if best:
         axis.plot([], [], "s", color="#555555", ms=7, label="\N{BLACK STAR} may be best")
     axis.set_yticks(range(len(names)), names)
@@ -272,20 +278,21 @@ def draw_sensitivities(
     predictions: pd.DataFrame, metrics: pd.DataFrame, patient_level: bool = True
 ) -> plt.Figure:
     """Return a heat map of sensitivity in %, variants by classes."""
-    names, counts = list(predictions["variant"].unique()), patient_counts(predictions)
-    figure, axis = plt.subplots(figsize=(11, 1.3 + 0.5 * len(names)), layout="constrained")
-    cells = [[metric_of(metrics, name, f"sensitivity_{c}") for c in CLASSES] for name in names]
+    names, counts = list(predictions["variant"].unique()), patient_counts(predictions).of
+    inches = (3.2 + 1.3 * len(counts), 1.3 + 0.5 * len(names))
+    figure, axis = plt.subplots(figsize=inches, layout="constrained")
+    cells = [[metric_of(metrics, name, f"sensitivity_{c}") for c in counts] for name in names]
     image = axis.imshow(100 * np.array(cells)[..., 0], cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for (y, x), _ in np.ndenumerate(np.zeros((len(names), len(CLASSES)))):
+    for (y, x), _ in np.ndenumerate(np.zeros((len(names), len(counts)))):
         value, low, high = cells[y][x]
         text = with_interval(value, low, high, digits=0).replace(" (", "\n(").replace(" e", "\ne")
         axis.text(
             x, y, text, ha="center", va="center", fontsize=8, color="black" if value > 0.55 else "white"
         )
-    stars = ["*" if counts[c] < MIN_PATIENTS else "" for c in CLASSES]
     word = "patients" if patient_level else "slices"
-    heads = [f"{c}{star}\n{counts[c]} {word}" for c, star in zip(CLASSES, stars, strict=True)]
-    axis.set_xticks(range(len(CLASSES)), heads, fontsize=9)
+    stars = {c: f"{c}*" if count < MIN_PATIENTS else c for c, count in counts.items()}
+    heads = [f"{wrapped(stars[c], 17)}\n{count} {word}" for c, count in counts.items()]
+    axis.set_xticks(range(len(counts)), heads, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)
     axis.set_facecolor("#999999")  # not estimable
@@ -299,7 +306,9 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
     drawn = list(zip(shown, counts, strict=True))
     if len(shown) == 2:
         drawn.append((f"{shown[1]}\nminus {shown[0]}", counts[1] - counts[0]))
-    figure, axes = panels(len(drawn), 3, (3.6, 3.6))
+    short = short_names(classes_of(predictions))
+    side = max(3.6, 0.45 * len(short) + 0.9)  # inches
+    figure, axes = panels(len(drawn), 3, (side, side))
     for axis, (name, count) in zip(axes, drawn, strict=True):
         totals = counts[0].sum(axis=1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -312,8 +321,8 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
             color = "black" if percent[y, x] > 55 or "minus" in name else "white"
             axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
         axis.set_title(name, size=9)
-        axis.set_xticks(range(len(CLASSES)), SHORT.values(), rotation=45, size=8)
-        axis.set_yticks(range(len(CLASSES)), SHORT.values(), size=8)
+        axis.set_xticks(range(len(short)), short, rotation=90 if "\n" in "".join(short) else 45, size=8)
+        axis.set_yticks(range(len(short)), short, size=8)
         axis.set(xlabel="predicted", ylabel="true", facecolor="#999999")
     return figure
 
@@ -388,7 +397,8 @@ def draw_mistakes(mistakes: pd.DataFrame, data: Path, size: int) -> plt.Figure:
     for axis in axes:
         axis.axis("off")
     for axis, row in zip(axes, mistakes.itertuples(), strict=False):
-        words = f"{in_lines(row.variant)}\nis {row.label}\nsaid {row.predicted}, {row.confidence:.0%}"
+        said = [f"is {row.label}", f"said {row.predicted}, {row.confidence:.0%}"]
+        words = "\n".join([in_lines(row.variant), *(wrapped(line, 28) for line in said)])
         tile(axis, read_png(data / row.variant / row.image, size), words)
         axis.title.set_fontsize(7)
     if mistakes.empty:

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from step2.variants import CLASSES, require
+from step2.classes import order_classes
+from step2.variants import require
 
 SHUFFLES = 20  # the one with the evenest classes is kept
 
@@ -14,14 +15,13 @@ def make_folds(slices: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
 
     All slices of a patient are in one fold. ValueError, with what to do, where a class has too few patients.
     """
-    patients = slices.groupby("label")["patient"].nunique().reindex(list(CLASSES), fill_value=0)
+    patients = slices.groupby("label")["patient"].nunique().reindex(list(order_classes(slices["label"])))
     rarest, fewest = patients.idxmin(), int(patients.min())
-    place = f"TrainingData/{rarest}/"
-    require(fewest > 0, f"no slice of {rarest}: put some into {place}, run Step1_Image_Preprocessing.py")
     parts = folds if folds > 1 else max(min(5, fewest), 2)
     advice = f"set folds to {fewest}, or " if 1 < fewest < folds else ""
-    lacks = f"{rarest} has {fewest} patients for {parts} folds"
-    require(fewest >= parts, f"{lacks}: {advice}put more into {place}")
+    more = f"put more into TrainingData/{rarest}/, or take that folder away, and run Step1_Image_Preprocessing.py"
+    lacks = f"{rarest} has {fewest} patient{'s' * (fewest > 1)} for {parts} folds"
+    require(fewest >= parts, f"{lacks}: {advice}{more}")
     shuffles, person = [], pd.factorize(slices["patient"])[0]  # as pseudonyms differ between output folders
     for attempt in range(SHUFFLES):
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=(seed * 1009 + attempt) % 2**32)
@@ -47,7 +47,7 @@ def check_folds(slices: pd.DataFrame, fold_of: np.ndarray, count: int) -> None:
     require(spread.max() == 1, f"patients in more than one fold: {list(spread.index[spread > 1][:3])}")
     for fold in range(count):
         for side, chosen in (("validation", fold_of == fold), ("training", fold_of != fold)):
-            missing = [c for c in CLASSES if c not in set(slices["label"][chosen])]
+            missing = order_classes(set(slices["label"]) - set(slices["label"][chosen]))
             lacks = f"the {side} side of fold {fold + 1} has no {', '.join(missing)}"
             require(not missing, f"{lacks}: lower folds, or add patients of that class and run Step 1 again")
 
@@ -69,4 +69,4 @@ def fold_table(slices: pd.DataFrame, fold_of: np.ndarray, folds: int, patient_le
         for repeat in range(len(fold_of))
         for fold in range(folds)
     }
-    return pd.DataFrame(table).T[list(CLASSES)]
+    return pd.DataFrame(table).T[list(order_classes(slices["label"]))]

@@ -5,6 +5,7 @@ fraction of it. AUC compares pairs of images within one fold only, as scores of 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,8 @@ from step2.bootstrap import (
     sum_by_patient,
     t_interval,
 )
+from step2.classes import HEALTHY, classes_of, probability_columns
 from step2.estimates import Estimates, combine, find_cells, mean_estimates, paired_correctness
-from step2.variants import CLASSES
 
 Ranked = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # such as concordance
 METRIC_DRAWS = 1_000  # their intervals need the standard error alone
@@ -35,11 +36,13 @@ def metric_table(predictions: pd.DataFrame, n_draws: int = METRIC_DRAWS, seed: i
     """Return DataFrame (variant, metric, value, ci_low, ci_high) of all metrics; NaN is not estimable.
 
     Intervals of accuracy and of the AUC of any hemorrhage hold patients and trainings, the others patients.
+    Any hemorrhage is every class but healthy; where no class is healthy, its metrics are left out.
     """
     counts, table = patient_counts(predictions), []
     correct, cells = paired_correctness(predictions)
     both = {"accuracy": mean_estimates(list(correct), correct.to_numpy(), cells, n_draws, seed)}
-    both["any_auc"] = ranking_estimates(predictions, concordance, n_draws, seed)
+    if HEALTHY in classes_of(predictions):
+        both["any_auc"] = ranking_estimates(predictions, concordance, n_draws, seed)
     for variant, rows in predictions.groupby("variant", sort=False):
         rows = rows.reset_index(drop=True)
         codes = pd.factorize(patient_ids(rows))[0]
@@ -64,13 +67,14 @@ def metric_draws(
         table = tables[name]
         return (weights @ table.reshape(len(table), -1)).reshape(len(weights), *table.shape[1:])
 
-    confusion = drawn("confusion")
-    values = confusion_metrics(confusion)
+    confusion, classes = drawn("confusion"), classes_of(rows)
+    values = confusion_metrics(confusion, classes)
     label = rows["label"].to_numpy()
     aucs = np.array(
-        [auc_draws(rows, codes, rows[f"p_{c}"].to_numpy(float), label == c, weights) for c in CLASSES]
+        [auc_draws(rows, codes, rows[f"p_{c}"].to_numpy(float), label == c, weights) for c in classes]
     )
-    values["any_auc"] = aucs[0]  # healthy against the rest; turned round, it is the same
+    if HEALTHY in classes:  # healthy against the rest; turned round, it is the same
+        values["any_auc"] = aucs[classes.index(HEALTHY)]
     found = np.isfinite(aucs)
     with np.errstate(invalid="ignore", divide="ignore"):
         values["macro_auc"] = np.where(found, aucs, 0).sum(0) / found.sum(0)
@@ -85,11 +89,11 @@ def row_weights(rows: pd.DataFrame) -> np.ndarray:
 
 
 def patient_tables(rows: pd.DataFrame, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return sums per patient: confusion (patients, 6, 6), calibration (patients, bins, 3), loss."""
-    weight = row_weights(rows)
-    truth, called = (pd.Categorical(rows[c], CLASSES).codes.astype(int) for c in ("label", "predicted"))
-    p = rows[[f"p_{c}" for c in CLASSES]].to_numpy(float)
-    confusion = np.zeros((codes.max() + 1, len(CLASSES), len(CLASSES)))
+    """Return sums per patient: confusion (patients, true, called), calibration (patients, bins, 3), loss."""
+    weight, classes = row_weights(rows), classes_of(rows)
+    truth, called = (pd.Categorical(rows[c], classes).codes.astype(int) for c in ("label", "predicted"))
+    p = rows[probability_columns(classes)].to_numpy(float)
+    confusion = np.zeros((codes.max() + 1, len(classes), len(classes)))
     np.add.at(confusion, (codes, truth, called), weight)
     bins = np.minimum((p.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     calibration = np.zeros((codes.max() + 1, CALIBRATION_BINS, 3))  # right, confidence, count
@@ -100,10 +104,10 @@ def patient_tables(rows: pd.DataFrame, codes: np.ndarray) -> dict[str, np.ndarra
     return {"confusion": confusion, "calibration": calibration, "loss": sum_by_patient(weight * loss, codes)}
 
 
-def confusion_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the metrics of confusion counts (draws, 6 true, 6 called), dict of float (draws,).
+def confusion_metrics(confusion: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return the metrics of confusion counts (draws, true, called), dict of float (draws,).
 
-    Means are over the classes present in a draw. Any hemorrhage: healthy against the five others.
+    Means are over the classes present in a draw. Any hemorrhage: healthy against all others.
     """
     true, called, hit = confusion.sum(2), confusion.sum(1), confusion.diagonal(axis1=1, axis2=2)
     n = true.sum(1)
@@ -115,8 +119,10 @@ def confusion_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
         "balanced_accuracy": np.nanmean(sensitivity, 1),
         "macro_f1": np.nanmean(f1, 1),
     }
-    values |= {"any_sensitivity": specificity[:, 0], "any_specificity": sensitivity[:, 0]}
-    for i, name in enumerate(CLASSES):
+    if HEALTHY in classes:
+        i = classes.index(HEALTHY)
+        values |= {"any_sensitivity": specificity[:, i], "any_specificity": sensitivity[:, i]}
+    for i, name in enumerate(classes):
         values |= {f"sensitivity_{name}": sensitivity[:, i], f"specificity_{name}": specificity[:, i]}
     return values
 
@@ -195,7 +201,7 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
     """
     names = list(rows["variant"].unique())
     where = find_cells(rows)
-    score, bleed = 1 - rows["p_healthy"].to_numpy(float), (rows["label"] != "healthy").to_numpy()
+    score, bleed = 1 - rows[f"p_{HEALTHY}"].to_numpy(float), (rows["label"] != HEALTHY).to_numpy()
     variant = rows["variant"].map(names.index).to_numpy()
     places = where.shape[0] * where.shape[1]
     parts = [
@@ -207,8 +213,7 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
         return np.array(found).transpose(2, 1, 0).reshape(len(weights), 2, len(names), *where.shape)
 
     draws = np.concatenate([quotient(w) for w in bootstrap_weights(where.patients, n_draws, seed)])
-    counts = patient_counts(rows)
-    behind = min(counts["healthy"], counts["bleeding"])
+    behind = patients_behind("any_auc", patient_counts(rows))
     return combine(names, quotient(np.ones((1, where.patients)))[0], draws, behind)
 
 
@@ -224,33 +229,55 @@ def metric_interval(metric: str, value: float, error: float, n_patients: int) ->
     return np.maximum(low, 0), high if metric == "log_loss" else np.minimum(high, 1)
 
 
-def patients_behind(metric: str, counts: dict[str, int]) -> int:
-    """Return how many patients a metric speaks about. counts: as patient_counts returns them."""
+class PatientCounts(NamedTuple):
+    """How many patients there are: of each class, of any but healthy, together."""
+
+    of: dict[str, int]
+    bleeding: int
+    together: int
+
+
+def patients_behind(metric: str, counts: PatientCounts) -> int:
+    """Return how many patients a metric speaks about."""
     kind, _, name = metric.partition("_")
     if kind == "sensitivity" or metric == "any_specificity":
-        return counts["healthy" if kind == "any" else name]
+        return counts.of[HEALTHY if kind == "any" else name]
     if metric == "any_auc":
-        return min(counts["healthy"], counts["bleeding"])
-    return counts["bleeding" if metric in ("any_sensitivity", "specificity_healthy") else "all"]
+        return min(counts.of[HEALTHY], counts.bleeding)
+    if metric in ("any_sensitivity", f"specificity_{HEALTHY}"):
+        return counts.bleeding
+    if kind == "specificity" and len(counts.of) == 2:  # the same number as the other class's sensitivity
+        return next(count for other, count in counts.of.items() if other != name)
+    return counts.together
 
 
-def patient_counts(predictions: pd.DataFrame) -> dict[str, int]:
-    """Return the number of patients of each class, of all and of all with a bleed, dict."""
+def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
+    """Return how many patients a table of predictions has."""
     people = predictions.assign(patient=patient_ids(predictions))
-    counts = {c: people.loc[people["label"] == c, "patient"].nunique() for c in CLASSES}
-    bleeding = people.loc[people["label"] != "healthy", "patient"].nunique()
-    return counts | {"all": people["patient"].nunique(), "bleeding": bleeding}
+    of = {c: people.loc[people["label"] == c, "patient"].nunique() for c in classes_of(predictions)}
+    bleeding = people.loc[people["label"] != HEALTHY, "patient"].nunique()
+    return PatientCounts(of, bleeding, people["patient"].nunique())
+
+
+def guesses(predictions: pd.DataFrame) -> tuple[float, float | None]:
+    """Return the accuracy of guessing, and of always saying the commonest class.
+
+    The latter is None where classes are so even that both are within a point of each other.
+    """
+    chance = 1 / len(classes_of(predictions))
+    share = float(predictions["label"].value_counts(normalize=True).max())
+    return chance, share if share > chance + 0.01 else None
 
 
 def class_warnings(predictions: pd.DataFrame, patient_level: bool = True) -> list[str]:
     """Return a sentence for each class with fewer than MIN_PATIENTS patients, or slices where unknown."""
-    counts, word = patient_counts(predictions), "patients" if patient_level else "slices"
+    word = "patients" if patient_level else "slices"
     return [
-        f"{name}: only {counts[name]} {word}, too few to speak about this class (under {MIN_PATIENTS})"
-        if counts[name]
+        f"{name}: only {count} {word}, too few to speak about this class (under {MIN_PATIENTS})"
+        if count
         else f"{name}: no patient, nothing can be said about this class"
-        for name in CLASSES
-        if counts[name] < MIN_PATIENTS
+        for name, count in patient_counts(predictions).of.items()
+        if count < MIN_PATIENTS
     ]
 
 
@@ -272,7 +299,7 @@ def with_interval(value: float, low: float, high: float, scale: float = 100, dig
 
 
 def confusion_counts(rows: pd.DataFrame) -> np.ndarray:
-    """Return one variant's confusion matrix in slices, mean over repeats, float (6 true, 6 called)."""
+    """Return one variant's confusion matrix in slices, mean over repeats, float (true, called)."""
     return patient_tables(rows, np.zeros(len(rows), int))["confusion"][0]
 
 
@@ -280,7 +307,7 @@ def mean_curve(rows: pd.DataFrame) -> np.ndarray:
     """Return the ROC curve of any hemorrhage, sensitivities on GRID: the mean over folds, weighted by pairs."""
     curves, pairs = [], []
     for _, fold in rows.groupby(["repeat", "fold"]):
-        bleed, score = fold["label"] != "healthy", 1 - fold["p_healthy"]
+        bleed, score = fold["label"] != HEALTHY, 1 - fold[f"p_{HEALTHY}"]
         if bleed.any() and not bleed.all():
             false, true, _ = roc_curve(bleed, score, drop_intermediate=False)
             curves.append(np.r_[0, np.interp(GRID[1:], false, true)])
@@ -309,6 +336,6 @@ def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def worst_mistakes(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return the wrong predictions with the highest probability, each slice once, highest first."""
     wrong = predictions[predictions["predicted"] != predictions["label"]]
-    sure = wrong[[f"p_{c}" for c in CLASSES]].max(axis=1).rename("confidence")
+    sure = wrong[probability_columns(classes_of(predictions))].max(axis=1).rename("confidence")
     ordered = wrong.join(sure).sort_values(["confidence", "image"], ascending=[False, True], kind="stable")
     return ordered.drop_duplicates("image").head(count)

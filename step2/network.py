@@ -5,6 +5,7 @@ The network is efficientnet_pytorch's, of Tan and Le, EfficientNet, 2019.
 
 import math
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +16,15 @@ from efficientnet_pytorch.utils import url_map
 
 from step2.files import read_json, sha256, write_atomically, write_json
 from step2.settings import Recipe, Settings
-from step2.variants import CLASSES, require
+from step2.variants import require
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as its weights expect
+MOUNTED = Path("/kaggle/input")  # where Kaggle shows data sets; there may be no internet beside them
 NARROW = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "dropout_rate": 0.1, "drop_connect_rate": 0.0}
 
 
-def build_network(recipe: Recipe, momentum: float) -> EfficientNet:
-    """Return an EfficientNet with an output for each class and random weights from torch's seed.
+def build_network(recipe: Recipe, momentum: float, outputs: int) -> EfficientNet:
+    """Return an EfficientNet with so many outputs, one a class, and random weights from torch's seed.
 
     It pads for the image size it is built for, so it is always told. Its swish is PyTorch's SiLU: the
     library's own saves memory but is much slower. momentum: of batch norm, the weight of the newest batch.
@@ -30,8 +32,7 @@ def build_network(recipe: Recipe, momentum: float) -> EfficientNet:
     name, narrow = recipe.model_name, {}
     if name == "efficientnet-narrow":  # a quarter of B0's channels, 7 of its 16 blocks
         name, narrow = "efficientnet-b0", NARROW
-    size, outputs = recipe.image_size, len(CLASSES)
-    how = {"image_size": size, "num_classes": outputs, "batch_norm_momentum": 1 - momentum}
+    how = {"image_size": recipe.image_size, "num_classes": outputs, "batch_norm_momentum": 1 - momentum}
     network = EfficientNet.from_name(name, **how, **narrow)
     network.set_swish(memory_efficient=False)
     return network
@@ -109,7 +110,8 @@ def find_weights(settings: Settings) -> InitialWeights:
     if requested not in ("auto", "imagenet", "none"):
         digest = sha256(Path(requested))
         given = InitialWeights(requested, "file", requested, digest, f"initial weights from {requested}")
-        load_initial(build_network(settings, 0.1), given)  # a wrong file is refused now, not in the first run
+        # a wrong file is refused now, not in the first run; its classifier may be for any number of classes
+        load_initial(build_network(settings, 0.1, outputs=2), given)
         return given
     if requested == "none":
         return InitialWeights(requested, "none", "", "", "random initial weights")
@@ -125,20 +127,31 @@ def find_weights(settings: Settings) -> InitialWeights:
 
 
 def download_imagenet(name: str) -> Path:
-    """Return the file of the library's ImageNet weights, downloaded unless torch's cache has it whole."""
+    """Return the file of the library's ImageNet weights, downloaded unless it is on this machine and whole.
+
+    Looked for in torch's cache and, by the library's name for it, in the data sets that are mounted.
+    """
     url = url_map[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     checksum = path.stem.rsplit("-", 1)[1]  # the start of its SHA-256
-    if not (path.is_file() and sha256(path).startswith(checksum)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # seconds without an answer; a closed network may never give one
-        try:
-            fetch = torch.hub.download_url_to_file
-            write_atomically(path, lambda p: fetch(url, str(p), hash_prefix=checksum, progress=False))
-        finally:
-            socket.setdefaulttimeout(patience)
+    for there in (path, *mounted_files(path.name)):
+        if there.is_file() and sha256(there).startswith(checksum):
+            return there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without an answer; a closed network may never give one
+    try:
+        fetch = torch.hub.download_url_to_file
+        write_atomically(path, lambda p: fetch(url, str(p), hash_prefix=checksum, progress=False))
+    finally:
+        socket.setdefaulttimeout(patience)
     return path
+
+
+def mounted_files(name: str) -> Iterator[Path]:
+    """Yield the files of this name that a mounted data set holds, at most four folders deep."""
+    for depth in range(5):  # deeper could be long: RSNA-2019 is 750,000 files
+        yield from sorted(MOUNTED.glob("*/" * depth + name))
 
 
 def load_tensors(path: Path, advice: str) -> dict:

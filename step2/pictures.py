@@ -3,16 +3,15 @@
 import hashlib
 import math
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from step2.settings import Recipe, Settings
 from step2.variants import require
@@ -122,12 +121,12 @@ def to_picture(channels: torch.Tensor) -> np.ndarray:
     return channels.permute(1, 2, 0).squeeze(2).numpy()
 
 
-class Pictures(Dataset):
+class Pictures:
     """The slices of one variant; the item (epoch, index) is a picture and its index.
 
     The picture is uint8 (1, size, size), in a colour variant (3, size, size), and augmented unless the epoch
     is None. Chance follows from (seed, epoch, index), so a slice is turned and shifted alike in every
-    variant, whatever process loads it.
+    variant, whatever thread loads it.
     """
 
     def __init__(
@@ -154,19 +153,12 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return count // batch_size if count >= 20 * batch_size else math.ceil(count / batch_size)
 
 
-class Batches:
-    """The batches of an epoch, lists of (epoch, index): shuffled by (seed, epoch), of even sizes."""
-
-    def __init__(self, positions: np.ndarray, batch_size: int, seed: int):
-        self.positions, self.batch_size, self.seed, self.epoch = positions, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return steps_per_epoch(len(self.positions), self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.positions)
-        for part in np.array_split(order[: len(self) * self.batch_size], len(self)):
-            yield [(self.epoch, int(index)) for index in part]
+def shuffled(positions: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[Key]]:
+    """Return an epoch's batches of (epoch, index): shuffled by (seed, epoch), of even sizes."""
+    order = np.random.default_rng([seed, epoch]).permutation(positions)
+    count = steps_per_epoch(len(positions), batch_size)
+    parts = np.array_split(order[: count * batch_size], count)
+    return [[(epoch, int(index)) for index in part] for part in parts]
 
 
 def in_order(positions: np.ndarray, batch_size: int) -> list[list[Key]]:
@@ -175,18 +167,35 @@ def in_order(positions: np.ndarray, batch_size: int) -> list[list[Key]]:
     return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
 
-def one_thread(_worker: int) -> None:
-    """Keep OpenCV from starting threads in a loader's process."""
-    cv2.setNumThreads(0)
+def prepare(pictures: Pictures, batch: list[Key]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch, uint8 (n, 1 or 3, size, size), and its indices, int (n,)."""
+    several, index = zip(*(pictures[key] for key in batch), strict=True)
+    stacked = torch.stack(several)
+    return stacked.pin_memory() if torch.cuda.is_available() else stacked, torch.tensor(index)
 
 
-def make_loader(pictures: Pictures, batches: Batches | list[list[Key]], workers: int) -> DataLoader:
-    """Return a loader of (pictures, uint8 (n, 1 or 3, size, size); indices, int (n,))."""
-    how: dict[str, Any] = {"generator": torch.Generator()}  # else loading would draw from the training's
-    if workers:
-        how |= {"num_workers": workers, "worker_init_fn": one_thread, "persistent_workers": True}
-        how["multiprocessing_context"] = "spawn"  # the same on Linux, macOS and Windows, safe beside threads
-    return DataLoader(pictures, batch_sampler=batches, pin_memory=torch.cuda.is_available(), **how)  # type: ignore[arg-type]
+def load(
+    pictures: Pictures, batches: list[list[Key]], threads: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each batch as prepare makes it, in order; threads, if any, work some batches ahead.
+
+    Threads, not processes: OpenCV does the work without Python's lock, and they share the pictures in memory,
+    start at once and are the same on Linux, macOS and Windows.
+    """
+    if not threads:
+        yield from (prepare(pictures, batch) for batch in batches)
+        return
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(threads, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        try:
+            for batch in batches:
+                ahead.append(pool.submit(prepare, pictures, batch))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def fits_in_memory(settings: Settings, first: Path, count: int) -> bool:

@@ -6,8 +6,9 @@ A quick result is never mistaken for a B7 result: that line names profile, netwo
 import io
 import json
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,18 +17,20 @@ import PIL.Image
 from IPython.core.getipython import get_ipython
 from IPython.display import Image, Markdown, display
 
+from step2.classes import CLASSES
 from step2.files import put_aside, write_content, write_csv, write_json
-from step2.settings import Settings
-from step2.slices import Slices
+from step2.runs import Comparison, read_note
+from step2.sessions import part_in_words
 
 OPTIMISTIC = " (slice-level, optimistic)"
 
 
-def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictures: str, start: str) -> str:
+def make_caption(comparison: Comparison, pictures: str) -> str:
     """Return profile, what was changed in it, network, size, data and initial weights in a line.
 
-    pictures: what they are, "" if unknown. start: the initial weights in words.
+    pictures: what they are, "" if unknown. Of a part of the declared comparison, also which part it is.
     """
+    settings, slices, part = comparison.settings, comparison.slices, part_in_words(comparison)
     shown = ("model_name", "image_size", "weights")
     changed = [f"{name} {value}" for name, value in settings.changed().items() if name not in shown]
     word = pictures.removesuffix("s")
@@ -35,18 +38,71 @@ def make_caption(settings: Settings, slices: Slices, fold_of: np.ndarray, pictur
         f"{settings.profile} profile" + (f" with {', '.join(changed)}" if changed else ""),
         f"{settings.model_name} at {settings.image_size} px",
         count_slices(slices.training, word, slices.patient_level),
-        start,
+        comparison.weights.in_words(),
     ]
-    if settings.folds == 1:
-        tested = slices.training[(fold_of == 0).any(axis=0)]
-        parts.insert(3, f"tested: {count_slices(tested, '', slices.patient_level)}")
+    if settings.folds == 1 or part:
+        held_out = [comparison.fold_of[repeat - 1] == fold - 1 for repeat, fold in comparison.places]
+        tested = count_slices(slices.training[np.any(held_out, axis=0)], "", slices.patient_level)
+        parts.insert(3, f"tested: {tested}" + f" ({part})" * bool(part))
     return ", ".join(parts)
 
 
 def count_slices(rows: pd.DataFrame, word: str, patient_level: bool) -> str:
-    """Return '90 phantom slices of 63 patients'."""
+    """Return '90 phantom slices of 63 patients'; of RSNA's subtypes, that slices with several are not among them."""
+    subtypes = "rsna" in word.lower() and bool(set(rows["label"]) & set(CLASSES[1:]))
+    kind = "slices with one subtype" if subtypes else "slices"
     patients = rows["patient"].nunique() if patient_level else "an unknown number of"
-    return " ".join(f"{len(rows)} {word} slices of {patients} patients".split())
+    return " ".join(f"{len(rows)} {word} {kind} of {patients} patients".split())
+
+
+def describe_runs(comparison: Comparison) -> dict[str, Any]:
+    """Return what made the results: settings, fallbacks, and of each run its machine, versions and speed.
+
+    made_with: {name: each way once}; each of the runs has the place of its own in these lists.
+    """
+    noted = [(run, read_note(comparison, run)) for run in comparison.runs]
+    batch, weights = comparison.settings.batch_size, comparison.weights
+    fallbacks = [
+        f"{run}: memory ended, {done['part']} of {batch} slices at a time"
+        for run, done in noted
+        if done["part"] < batch
+    ]
+    made = {
+        name: _different(done[name] for _, done in noted)
+        for name in ("device", "speed", "threads", "system", "versions")
+    }
+    for name, ways in made.items():
+        if len(ways) > 1:
+            fallbacks.append(f"runs differ in their {name}, which may explain differences: {ways}")
+    if weights.used == "none" != weights.requested:
+        fallbacks.append(weights.note)
+    return {
+        "settings": comparison.settings.model_dump(mode="json", exclude={"threads"}),  # they are each run's
+        "variants": comparison.variants,
+        "classes": comparison.slices.classes,
+        "initial_weights": asdict(weights),
+        "made_with": made,
+        "fallbacks": fallbacks,
+        "training_seconds": round(sum(done["seconds"] for _, done in noted), 1),
+        "runs": [
+            {
+                **run._asdict(),
+                "seed": comparison.seed(run),
+                "folder": comparison.folder(run).name,
+                "seconds": round(done["seconds"], 1),
+                **{name: ways.index(done[name]) for name, ways in made.items()},
+            }
+            for run, done in noted
+        ],
+    }
+
+
+def _different(values: Any) -> list:
+    """Return each value once, in order."""
+    found: list = []
+    for value in values:
+        found += [] if value in found else [value]
+    return found
 
 
 class Report:

@@ -8,6 +8,7 @@ gets a folder of its own, and nothing is overwritten.
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -22,13 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from step2.classes import probability_columns
 from step2.files import read_json, sha256, write_csv, write_json
 from step2.network import InitialWeights
 from step2.pictures import (
     Pictures,
     check_channels,
     in_order,
-    make_loader,
+    load,
     pictures_digest,
     steps_per_epoch,
 )
@@ -46,12 +48,11 @@ from step2.training import (
     save_weights,
     train_run,
 )
-from step2.variants import CLASSES
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
 PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
+TEXTS = dict.fromkeys(("image", "label", "predicted"), str)  # a class may be called 0
 NOT_JUDGED = {"val_loss": [""], "val_accuracy": [""]}  # of history.csv: epochs without a look at the held-out
-PROBABILITIES = [f"p_{c}" for c in CLASSES]
 
 
 class Run(NamedTuple):
@@ -77,6 +78,7 @@ class Comparison:
     """Everything that the runs share. fold_of: int (repeats, n), the fold of each training slice.
 
     digests and testing_digests: {variant: hash of its pictures}; code: code_digest() where it was made.
+    only: the (repeat, fold) that it consists of where time ended before the others; None is all.
     """
 
     settings: Settings
@@ -87,15 +89,20 @@ class Comparison:
     digests: dict[str, str]
     testing_digests: dict[str, str]
     code: str = field(default_factory=code_digest)
+    only: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """The (repeat, fold) of every split."""
+        repeats, folds = range(1, self.settings.repeats + 1), range(1, self.settings.folds + 1)
+        return self.only or tuple((repeat, fold) for repeat in repeats for fold in folds)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """All runs, fold by fold, so that a stopped comparison has whole folds; the control last."""
-        repeats, folds = range(1, self.settings.repeats + 1), range(1, self.settings.folds + 1)
-        places = [(repeat, fold) for repeat in repeats for fold in folds]
-        runs = [Run(variant, *place) for place in places for variant in self.variants]
-        again = [Run(self.variants[0], *place, True) for place in places if self.settings.control_run]
-        return tuple(runs + again)
+        """All runs, fold by fold, each with its control, so that a stopped comparison has whole folds."""
+        of_fold = [(variant, False) for variant in self.variants]
+        of_fold += [(self.variants[0], True)] * self.settings.control_run
+        return tuple(Run(variant, *place, again) for place in self.places for variant, again in of_fold)
 
     @cached_property
     def steps(self) -> int:
@@ -120,7 +127,7 @@ class Comparison:
         for run in self.runs:
             split = [list(rows.iloc[part]) for part in self.split(run)]
             pictures, weights = self.digests[run.variant], self.weights.digest
-            parts = [self.settings.recipe(), run, split, pictures, weights, self.code]
+            parts = [self.settings.recipe(), run, self.slices.classes, split, pictures, weights, self.code]
             digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
             name = f"repeat{run.repeat}_fold{run.fold}{'_control' * run.control}-{digest}"
             folders[run] = self.settings.results / "runs" / run.variant / name
@@ -210,38 +217,46 @@ def remove_damaged(comparison: Comparison) -> list[str]:
     return lines
 
 
-def complete_run(comparison: Comparison, run: Run, tell: Tell) -> dict[str, Any]:
-    """Train a run and predict TestingData as far as either isn't done, and return what it noted."""
+def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = math.inf) -> dict[str, Any]:
+    """Train a run and predict TestingData as far as either isn't done, and return what it noted.
+
+    OutOfTime where its next epoch would not be over before `ends`, in seconds since 1970.
+    """
     device = find_device()
     prepare_process(comparison.settings, device)
     speed = choose_speed(comparison.settings, comparison.steps, device)
     folder = comparison.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_trained(comparison, run):
-        finish_run(comparison, run, speed, device, tell)
+        finish_run(comparison, run, speed, device, tell, ends)
     if not is_complete(comparison, run):
         predict_testing(comparison, run, speed, device)
     return read_json(folder / "done.json") or {}
 
 
-def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell) -> None:
+def finish_run(
+    comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell, ends: float
+) -> None:
     """Train a run and write predictions, history and weights, then done.json; remove the checkpoint."""
     settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folder(run)
-    labels = slices["label"].map(CLASSES.index).to_numpy(copy=True)
+    classes = comparison.slices.classes
+    labels = slices["label"].map(classes.index).to_numpy(copy=True)
     job = RunInput(
         folder=folder,
         pictures=settings.data / run.variant,
         images=tuple(slices["image"]),
         labels=labels,
+        classes=len(classes),
         train=comparison.split(run)[0],
         held_out=comparison.split(run)[1],
         seed=comparison.seed(run),
         settings=settings,
         weights=comparison.weights,
+        ends=ends,
     )
     trainer, history = train_run(job, speed, device, tell)
     rows = slices.iloc[job.held_out][["image", "label"]]
-    write_csv(folder / "predictions.csv", prediction_table(rows, predict_held_out(job, trainer)))
+    write_csv(folder / "predictions.csv", prediction_table(rows, predict_held_out(job, trainer), classes))
     write_csv(folder / "history.csv", pd.DataFrame(history))
     save_weights(folder / "last.pt", half_weights(trainer.network))
     save_weights(folder / "best.pt", trainer.best)
@@ -249,6 +264,7 @@ def finish_run(comparison: Comparison, run: Run, speed: Speed, device: torch.dev
     done = {
         "run": run._asdict(),
         "folder": folder.name,
+        "classes": classes,
         "accuracy": history[-1]["val_accuracy"],
         "seconds": sum(row["seconds"] for row in history),
         "device": device_name(device),
@@ -268,12 +284,13 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
     """Write a trained run's probabilities for TestingData, and note them in done.json."""
     settings, images = comparison.settings, list(comparison.slices.testing["image"])
     folder, name = comparison.folder(run), comparison.testing_file(run)
-    trainer = Trainer(settings, speed, 0.1, device)
+    classes = comparison.slices.classes
+    trainer = Trainer(settings, speed, 0.1, device, len(classes))
     load_last(comparison, run, trainer.network)
     pictures = Pictures(settings.data / run.variant, images, settings)
-    loader = make_loader(pictures, in_order(np.arange(len(images)), settings.batch_size), 0)
+    batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size))
     rows = comparison.slices.testing[["image"]]
-    write_csv(folder / name, prediction_table(rows, predict(trainer, loader)))
+    write_csv(folder / name, prediction_table(rows, predict(trainer, batches), classes))
     done = read_json(folder / "done.json") or {}
     done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
     for old in folder.glob("testing-*.csv"):
@@ -285,10 +302,10 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
 # ---------------------------------------- tables of all runs
 
 
-def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
     """Return the rows with the columns predicted and p_<class>."""
-    table = pd.DataFrame(probabilities, columns=PROBABILITIES, index=rows.index)
-    predicted = np.array(CLASSES)[probabilities.argmax(1)]
+    table = pd.DataFrame(probabilities, columns=probability_columns(classes), index=rows.index)
+    predicted = np.array(classes)[probabilities.argmax(1)]
     return pd.concat([rows.assign(predicted=predicted), table], axis=1)
 
 
@@ -319,7 +336,7 @@ def load_last(comparison: Comparison, run: Run, network: torch.nn.Module) -> Non
 def read_table(comparison: Comparison, run: Run, name: str) -> pd.DataFrame:
     """Return a table that a finished run left behind; ValueError that names it where it was changed."""
     content = io.BytesIO(read_result(comparison, run, name))
-    return pd.read_csv(content, dtype={"image": str}, keep_default_na=False, na_values=NOT_JUDGED)
+    return pd.read_csv(content, dtype=TEXTS, keep_default_na=False, na_values=NOT_JUDGED)
 
 
 def collect(comparison: Comparison, control: bool, name: str) -> pd.DataFrame:
@@ -361,54 +378,6 @@ def average_testing(comparison: Comparison, variant: str) -> pd.DataFrame:
     """Return image, predicted and the mean probabilities of a variant's runs for TestingData."""
     runs = [run for run in comparison.runs if run.variant == variant and not run.control]
     tables = [read_table(comparison, run, comparison.testing_file(run)) for run in runs]
-    mean = np.mean([table[PROBABILITIES].to_numpy() for table in tables], axis=0)
-    return prediction_table(tables[0][["image"]], mean)
-
-
-def describe_runs(comparison: Comparison) -> dict[str, Any]:
-    """Return what made the results: settings, fallbacks, and of each run its machine, versions and speed.
-
-    made_with: {name: each way once}; each of the runs has the place of its own in these lists.
-    """
-    noted = [(run, read_note(comparison, run)) for run in comparison.runs]
-    batch, weights = comparison.settings.batch_size, comparison.weights
-    fallbacks = [
-        f"{run}: memory ended, {done['part']} of {batch} slices at a time"
-        for run, done in noted
-        if done["part"] < batch
-    ]
-    made = {
-        name: _different(done[name] for _, done in noted)
-        for name in ("device", "speed", "threads", "system", "versions")
-    }
-    for name, ways in made.items():
-        if len(ways) > 1:
-            fallbacks.append(f"runs differ in their {name}, which may explain differences: {ways}")
-    if weights.used == "none" != weights.requested:
-        fallbacks.append(weights.note)
-    return {
-        "settings": comparison.settings.model_dump(mode="json", exclude={"threads"}),  # they are each run's
-        "variants": comparison.variants,
-        "initial_weights": asdict(weights),
-        "made_with": made,
-        "fallbacks": fallbacks,
-        "training_seconds": round(sum(done["seconds"] for _, done in noted), 1),
-        "runs": [
-            {
-                **run._asdict(),
-                "seed": comparison.seed(run),
-                "folder": comparison.folder(run).name,
-                "seconds": round(done["seconds"], 1),
-                **{name: ways.index(done[name]) for name, ways in made.items()},
-            }
-            for run, done in noted
-        ],
-    }
-
-
-def _different(values: Any) -> list:
-    """Return each value once, in order."""
-    found: list = []
-    for value in values:
-        found += [] if value in found else [value]
-    return found
+    classes = comparison.slices.classes
+    mean = np.mean([table[probability_columns(classes)].to_numpy() for table in tables], axis=0)
+    return prediction_table(tables[0][["image"]], mean, classes)

@@ -1,6 +1,7 @@
-"""Every parameter of the notebook with its limits, and the two profiles. Uses pydantic for the checks."""
+"""Every parameter of the notebook with its limits, and the profiles. Uses pydantic for the checks."""
 
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ ModelName = Literal[
     "efficientnet-narrow",
 ]
 
+FULL_NEEDS = 23e9  # bytes of GPU memory, what a card sold as 24 GB has; a step of 8 slices takes 15.5e9
 AFTERWARDS = " Then restart the kernel, which knows the old name still"
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -44,6 +46,23 @@ PROFILES: dict[str, dict[str, Any]] = {
         "shift": 2.0,
         "zoom": 0.0,
         "flips": "hv",
+    },
+    "medium": {
+        "model_name": "efficientnet-b2",
+        "image_size": 260,  # what B2 was made for
+        "epochs": 15,
+        "batch_size": 32,
+        "folds": 5,
+        "repeats": 1,
+        "weights": "auto",
+        "schedule": "one cycle",
+        "rates": (1e-3,),  # its peak
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
+        "rotation": 20.0,
+        "shift": 4.0,
+        "zoom": 0.05,
+        "flips": "h",
     },
     "quick": {
         "model_name": "efficientnet-narrow",
@@ -89,7 +108,8 @@ class Recipe(BaseModel):
 class Settings(Recipe):
     """All parameters of the notebook: the recipe of each run, what is compared, and who trains."""
 
-    profile: Literal["full", "quick"]
+    profile: Literal["full", "medium", "quick"]
+    why: str = Field("", description="this profile")
     data: FolderPath = Path("data_preprocessing")
     raw_data: FolderPath = Path("raw_data")
     results: FolderPath = Path("results")
@@ -102,7 +122,8 @@ class Settings(Recipe):
     weights: str = Field(description="imagenet, none, auto, or a file")
     processes: int = Field(ge=1, le=256, description="that train at the same time, at most one for each GPU")
     cluster: str | None = Field(None, pattern=r"^[a-z]+://.+:\d+$", description="tcp://scheduler:8786")
-    workers: int = Field(ge=0, le=256, description="processes that load pictures, for each that trains")
+    workers: int = Field(ge=0, le=256, description="threads that load pictures, for each process that trains")
+    max_hours: float | None = Field(None, gt=0, description="from the settings cell to the last epoch's end")
     threads: int = Field(1, ge=1, le=256, description="of each process on the CPU")
     gpus: int = Field(0, ge=0, description="of this machine")
 
@@ -116,27 +137,33 @@ class Settings(Recipe):
         return {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
 
 
-def read_settings(given: Mapping[str, Any], gpus: int = 0, before: Iterable[str] | None = None) -> Settings:
+def read_settings(
+    given: Mapping[str, Any],
+    gpus: int = 0,
+    gpu_memory: float = math.inf,
+    before: Iterable[str] | None = None,
+) -> Settings:
     """Return all settings: what was given, else the profile's; ValueError with a sentence for each wrong one.
 
     given: parameters by name, None for the profile's; a notebook's whole namespace if `before` tells which
     of its names are older than the parameters. A name that is no parameter is refused: it may be misspelt.
     Where the cell is run again, later cells have made names of their own, and only parameters are taken.
+    gpu_memory: of the smallest GPU, bytes.
     """
     parameters = set(Settings.model_fields)
     if before is not None:
         old = set(given if isinstance(given.get("settings"), Settings) else before)
         given = {k: v for k, v in given.items() if k in parameters or (k not in old and k[0] != "_")}
     given = {name: value for name, value in given.items() if value is not None}
-    profile = given.get("profile", "auto")
-    known = ", ".join(("auto", *PROFILES))
-    require(isinstance(profile, str), f"profile = {profile!r}: choose of {known}")
-    profile = ("full" if gpus else "quick") if profile == "auto" else profile
-    require(profile in PROFILES, f"profile = {profile!r}: choose of {known}")
-    cores, one_each = CPU_COUNT, {"gpus": gpus, "processes": gpus or min(CPU_COUNT, 8)}
-    one_each["workers"] = min(cores // gpus, 16) if gpus else 0
+    profile, why = choose_profile(given.get("profile", "auto"), gpus, gpu_memory)
+    cores, own = CPU_COUNT, {"profile": profile, "why": why}
+    one_each = {
+        "gpus": gpus,
+        "processes": gpus or min(cores, 8),
+        "workers": min(cores // gpus, 16) if gpus else 0,
+    }
     try:
-        settings = Settings(**(PROFILES[profile] | one_each | given | {"profile": profile}))
+        settings = Settings(**(PROFILES[profile] | one_each | given | own))
     except ValidationError as err:
         raise ValueError("\n".join(_sentence(dict(wrong)) for wrong in err.errors())) from None
     too_many = f"processes = {settings.processes}, but there are {gpus} GPUs: set processes to {gpus}"
@@ -145,6 +172,22 @@ def read_settings(given: Mapping[str, Any], gpus: int = 0, before: Iterable[str]
     choice = "no such file; or choose of auto, imagenet, none"
     require(known_weights, f"weights = {settings.weights!r}: {choice}")
     return settings
+
+
+def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]:
+    """Return the profile and why: the wanted one, or of "auto" what this machine can train."""
+    known = ", ".join(("auto", *PROFILES))
+    require(
+        isinstance(wanted, str) and wanted in ("auto", *PROFILES), f"profile = {wanted!r}: choose of {known}"
+    )
+    if wanted != "auto":
+        return wanted, "asked for"
+    if not gpus:
+        return "quick", "there is no CUDA GPU; medium would take a night on 8 to 16 cores"
+    has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
+    if gpu_memory < FULL_NEEDS:
+        return "medium", f"{has}, full is for 24 and more"
+    return "full", has
 
 
 def _sentence(wrong: dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """Step 1's manifest: which slices there are, of which class and patient, and which are left out."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from step2.variants import CLASSES, require
+from step2.classes import CLASSES, order_classes
+from step2.variants import require
 
 AGAIN = "run Step1_Image_Preprocessing.py again"
 YES, NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}  # as pandas and spreadsheets write a flag back
@@ -13,20 +15,39 @@ YES, NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}  # as pandas and spreadshe
 
 @dataclass(frozen=True)
 class Slices:
-    """The usable slices, DataFrames of image, label, patient, source; patient_level: patients are known."""
+    """The usable slices, DataFrames of image, label, patient, source; patient_level: patients are known.
+
+    unusable: labels of training slices that are all blank or refused.
+    """
 
     training: pd.DataFrame
     testing: pd.DataFrame
     left_out: dict[str, int]
     patient_level: bool
+    unusable: tuple[str, ...] = ()
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The classes: the labels of the training slices, in the order of the networks' outputs."""
+        return order_classes(self.training["label"])
+
+    def classes_in_words(self) -> str:
+        """Return which classes there are, and which one might have expected: RSNA's, where any of them is."""
+        expected = set(CLASSES) if set(CLASSES) & set(self.classes) else set()
+        missing = order_classes(expected - set(self.classes) | set(self.unusable))
+        lacks = f"; no usable slice of {', '.join(missing)}" if missing else ""
+        return f"{len(self.classes)} classes: {', '.join(self.classes)}{lacks}"
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each thing about the patients that makes results optimistic."""
+        """Return a sentence for each thing that makes results optimistic, or leaves them out."""
         both = len((set(self.testing["patient"]) & set(self.training["patient"])) - {""})
         unknown = "some slices have no patient in the manifest, so a patient may be on both sides of a "
         lines = [] if self.patient_level else [unknown + "split: all results are slice-level, optimistic"]
         shared = f"{both} patients are in TrainingData and TestingData: the test is optimistic"
-        return [*lines, *([shared] if both else [])]
+        unknown_to_networks = self.testing["label"][~self.testing["label"].isin(["", *self.classes])]
+        others = ", ".join(order_classes(unknown_to_networks))
+        no_score = f"{len(unknown_to_networks)} slices of TestingData are not scored, nothing was trained on {others}"
+        return [*lines, *([shared] if both else []), *([no_score] if others else [])]
 
 
 def read_slices(data: Path) -> Slices:
@@ -45,13 +66,16 @@ def read_slices(data: Path) -> Slices:
     train = train[blank == 0]
     require(len(train) > 0, f"{path} has no usable slice of TrainingData: put some there and {AGAIN}")
     require((usable["image"] != "").all(), f"{path} has rows that are ok but name no image: {AGAIN}")
-    wrong = sorted((set(train["label"]) | set(test["label"]) - {""}) - set(CLASSES))
-    require(not wrong, f"{path} has labels {wrong}: the classes are {', '.join(CLASSES)}")
+    require((train["label"] != "").all(), f"{path} has training slices without a label: {AGAIN}")
+    classes = order_classes(train["label"])
+    alone = f"all usable slices of TrainingData are {classes[0]}: put those of another class into a folder"
+    require(len(classes) > 1, f"{alone} beside TrainingData/{classes[0]}/ and {AGAIN}")
+    named = set(rows.loc[rows["split"] == "train", "label"]) - {""}
     known = bool((train["patient"] != "").all())
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
     columns = ["image", "label", "patient", "source"]
     training, testing = (part[columns].reset_index(drop=True) for part in (train, test))
-    return Slices(training, testing, left_out, known)
+    return Slices(training, testing, left_out, known, order_classes(named - set(classes)))
 
 
 def _read_rows(path: Path) -> pd.DataFrame:
@@ -81,18 +105,22 @@ def _flags(texts: pd.Series, path: Path) -> pd.Series:
 
 
 def what_pictures(dataset: str, raw_data: Path, slices: Slices) -> str:
-    """Return what to call the pictures; phantoms if all of them come from the folder of make_phantoms.py."""
+    """Return what to call the pictures, "" where nothing tells.
+
+    They are phantoms if all come from the folder of make_phantoms.py, RSNA-2019 if from Kaggle's download.
+    """
     if dataset != "auto":
         return dataset
     sources = [*slices.training["source"], *slices.testing["source"]]
     shipped = (raw_data / "make_phantoms.py").is_file() and all((raw_data / s).is_file() for s in sources)
-    return "phantoms" if shipped else ""
+    kaggle = all(Path(s).parent.name.startswith("stage_2_train") for s in sources)
+    return "phantoms" if shipped else "RSNA-2019" if kaggle else ""
 
 
 def count_classes(slices: Slices) -> pd.DataFrame:
     """Return the slices and patients of each class, DataFrame with a last row "together"."""
     rows = slices.training
     counts = rows.groupby("label").agg(slices=("image", "size"), patients=("patient", "nunique"))
-    counts = counts.reindex(list(CLASSES), fill_value=0)
+    counts = counts.reindex(list(slices.classes))
     counts.loc["together"] = [len(rows), rows["patient"].nunique()]
     return counts if slices.patient_level else counts.assign(patients="unknown")

@@ -10,11 +10,15 @@ from dataclasses import asdict, replace
 
 import torch
 from filelock import FileLock
+from torch.utils._triton import has_triton
 
 from step2.files import read_json, write_json
 from step2.settings import Settings
 from step2.training import Speed, Trainer, out_of_memory, release_memory, train_step
-from step2.variants import CLASSES
+
+OUTPUTS = 6  # of the networks that are timed; the size of a classifier doesn't show
+
+WORTH_COMPILING_S = 60  # of a run; shorter ones are over before the network is compiled
 
 
 def find_device() -> torch.device:
@@ -29,7 +33,9 @@ def prepare_process(settings: Settings, device: torch.device) -> None:
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # numbers too small to matter, on which a CPU is slow
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        # its search for the fastest kernels took 16 s for the seven blocks of quick's network in bf16 on an H200, and
+        # over a minute for B7, for each shape of a batch and in each process
+        torch.backends.cudnn.benchmark = False
         torch.set_float32_matmul_precision("high")
 
 
@@ -45,21 +51,28 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return "fp16", f"fp16: {name} has no bf16"
 
 
-def choose_speed(settings: Settings, steps: int, device: torch.device) -> Speed:
-    """Return how to compute: on CUDA as measured, now or earlier in this results folder; else fixed.
-
-    steps: of a run. What was measured is kept in results/speed.json, so that all runs use the same.
-    """
+def usual_speed(settings: Settings, device: torch.device) -> Speed:
+    """Return how to compute as far as it is known without measuring."""
     precision, why = choose_precision(settings.mixed_precision, device)
     base = Speed(precision, False, False, False, settings.batch_size, (why,))
     if device.type == "cpu":
         last = "channels_last on: it is faster on CPUs; not measured, so that results repeat"
         return replace(base, channels_last=True, fused=True, reasons=(why, last))
+    if device.type == "cuda":
+        return replace(base, fused=True, reasons=(why, "fused optimizer on: one kernel for all weights"))
+    return base
+
+
+def choose_speed(settings: Settings, steps: int, device: torch.device) -> Speed:
+    """Return how to compute: on CUDA as measured, now or earlier in this results folder; else fixed.
+
+    steps: of a run. What was measured is kept in results/speed.json, so that all runs use the same.
+    """
+    base = usual_speed(settings, device)
     if device.type != "cuda":
         return base
-    base = replace(base, fused=True, reasons=(why, "fused optimizer on: one kernel for all weights"))
     key = f"{torch.cuda.get_device_name()}, {settings.model_name}, {settings.image_size} px"
-    key += f", {base.part} slices, {precision}"
+    key += f", {base.part} slices, {base.precision}"
     path = settings.results / "speed.json"
     with FileLock(path.with_name(".speed.lock")):  # of several processes the first measures
         known = read_json(path) or {}
@@ -85,7 +98,9 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     best, fast = replace(best, channels_last=last < slow), min(last, slow)
     times = f"{last * 1e3:.0f} ms a step with, {slow * 1e3:.0f} without"
     reasons.append(f"channels_last {'on' if last < slow else 'off'}: {times}")
-    why_not, pays = why_not_compile(), False
+    why_not, pays = why_not_compile(device), False
+    if fast * steps < WORTH_COMPILING_S:
+        why_not = f"a run takes {fast * steps:.0f} s, less than compiling would"
     if not why_not:
         try:
             compiled, once = time_steps(settings, replace(best, compiled=True), device)
@@ -113,10 +128,10 @@ def what_fits(settings: Settings, base: Speed, device: torch.device) -> tuple[Sp
 def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[float, float]:
     """Return the seconds of a real training step, and those to get going; RuntimeError where memory ends."""
     torch.manual_seed(0)
-    trainer = Trainer(settings, speed, 0.1, device)
+    trainer = Trainer(settings, speed, 0.1, device, OUTPUTS)
     size = (speed.part, 1, settings.image_size, settings.image_size)
     pictures = torch.randint(256, size, dtype=torch.uint8)
-    labels = torch.arange(speed.part) % len(CLASSES)
+    labels = torch.arange(speed.part) % OUTPUTS
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = seconds_a_step(lambda: train_step(trainer, pictures, labels, 1e-6), wait)
     if trainer.part < speed.part:  # it took smaller parts by itself; what_fits has to know
@@ -125,44 +140,35 @@ def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[
 
 
 def seconds_a_step(step: Callable[[], object], wait: Callable[[], object]) -> tuple[float, float]:
-    """Return a step's time, and what the first three took more than that. wait: until the GPU is done."""
-    moments = []
-    for count in (0, 3, 8):
+    """Return a step's time, and what the first took more than that. wait: until the GPU is done.
+
+    Long steps are timed by the second one alone, short ones by eight more.
+    """
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
         for _ in range(count):
             step()
         wait()
-        moments.append(time.perf_counter())
-    each = (moments[2] - moments[1]) / 8
-    return each, max(moments[1] - moments[0] - 3 * each, 0.0)
+        return time.perf_counter() - began
+
+    first, each = timed(1), timed(1)
+    count = min(round(1.5 / max(each, 0.01)), 8)
+    each = timed(count) / count if count else each
+    return each, max(first - each, 0.0)
 
 
-def why_not_compile() -> str:
+def why_not_compile(device: torch.device) -> str:
     """Return why torch.compile can't work here, '' where it can."""
     if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):
         return "there is no C compiler"
-    return "" if torch.utils._triton.has_triton() else "there is no Triton"
+    return "" if device.type == "cpu" or has_triton() else "there is no Triton"
 
 
-def step_seconds(settings: Settings) -> float:
-    """Return the seconds of a training step on this machine, roughly: of the fastest, unless one is long."""
-    device = find_device()
-    prepare_process(settings, device)
-    precision, _ = choose_precision(settings.mixed_precision, device)
-    trainer = Trainer(settings, Speed(precision, True, device.type != "mps", False, 4, ()), 0.1, device)
-    size = (settings.batch_size, 1, settings.image_size, settings.image_size)
-    pictures = torch.zeros(size, dtype=torch.uint8)
-    labels = torch.arange(settings.batch_size) % len(CLASSES)
-    fastest = math.inf
-    for _ in range(8):
-        began = time.perf_counter()
-        train_step(trainer, pictures, labels, 1e-6).tolist()  # tolist() waits for a GPU
-        spent = time.perf_counter() - began
-        fastest = min(fastest, spent)
-        if spent > 5:
-            break
-    del trainer
-    release_memory(device)
-    return fastest
+def gpu_memory() -> float:
+    """Return the memory of the smallest CUDA GPU, bytes; infinity where there is none."""
+    gpus = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=math.inf)
 
 
 def device_name(device: torch.device) -> str:

@@ -7,21 +7,23 @@ one training of it.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER, sum_by_patient
-from step2.estimates import Estimates, mean_estimates, paired_correctness
-from step2.variants import BASELINE, CLASSES, step_pairs
+from step2.best import best_of
+from step2.bootstrap import ALPHA, MIN_PATIENTS, sum_by_patient
+from step2.classes import classes_of
+from step2.estimates import Cells, Estimates, mean_estimates, paired_correctness
+from step2.power import detectable_difference
+from step2.variants import BASELINE, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
 DRAWS = 10_000  # bootstrap draws of the contrasts
-BEST_DRAWS = 20_000  # of the largest of several t, for the best set
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
     *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),
@@ -45,8 +47,38 @@ def declared_contrasts(variants: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What the tables of a comparison are made of, so that it is estimated once.
+
+    variants: their names, without the control; declared: the contrasts that they and a control allow; correct
+    and cells: as paired_correctness returns them; found: the estimates of accuracy.
+    """
+
+    variants: list[str]
+    declared: list[dict[str, Any]]
+    correct: pd.DataFrame
+    cells: Cells
+    found: Estimates
+
+
+def compare(
+    predictions: pd.DataFrame | Compared,
+    control: pd.DataFrame | None = None,
+    n_draws: int = DRAWS,
+    seed: int = 0,
+) -> Compared:
+    """Return the estimates that contrast_table, best_set and pair_table take instead of predictions."""
+    if isinstance(predictions, Compared):
+        return predictions
+    declared, rows = all_contrasts(predictions, control)
+    correct, cells = paired_correctness(rows)
+    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    return Compared(list(predictions["variant"].unique()), declared, correct, cells, found)
+
+
 def contrast_table(
-    predictions: pd.DataFrame,
+    predictions: pd.DataFrame | Compared,
     control: pd.DataFrame | None = None,
     n_draws: int = DRAWS,
     seed: int = 0,
@@ -55,17 +87,16 @@ def contrast_table(
 ) -> pd.DataFrame:
     """Return all contrasts, DataFrame of CONTRAST_COLUMNS; the A/A control's is the last row.
 
-    Differences, errors and the SD of one training are fractions of 1, as accuracy is. Holm's correction runs
-    within the primary contrasts, and within the factorial effects. margin: of equivalence. learning: variants
-    that did not converge, which verdicts name.
+    predictions: the table, or what compare made of it and the control, which ends the need for
+    control, n_draws and seed. Differences, errors and the SD of one training are fractions of 1, as accuracy is.
+    Holm's correction runs within the primary contrasts, and within the factorial effects. margin: of
+    equivalence. learning: variants that did not converge, which verdicts name.
     """
-    declared, rows = all_contrasts(predictions, control)
-    if not declared:
+    compared = compare(predictions, control, n_draws, seed)
+    if not compared.declared:
         return pd.DataFrame(columns=CONTRAST_COLUMNS)
-    correct, cells = paired_correctness(rows)
-    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
-    table = pd.DataFrame([contrast_row(d, correct, cells.codes, found, rows) for d in declared])
-    table[["training_sd", "training_sd_low", "training_sd_high"]] = found.seen
+    table = pd.DataFrame([contrast_row(declared, compared) for declared in compared.declared])
+    table[["training_sd", "training_sd_low", "training_sd_high"]] = compared.found.seen
     table["p_holm"] = table.groupby("kind")["p_value"].transform(holm)
     family = table.groupby("kind")["kind"].transform("size")
     table["detectable"] = [
@@ -90,24 +121,24 @@ def all_contrasts(
     return declared, rows
 
 
-def contrast_row(
-    declared: dict, correct: pd.DataFrame, codes: np.ndarray, found: Estimates, predictions: pd.DataFrame
-) -> dict[str, Any]:
+def contrast_row(declared: dict[str, Any], compared: Compared) -> dict[str, Any]:
     """Return one contrast's row: difference in accuracy, a minus b, with errors, interval, p and McNemar's p."""
-    pairs = declared["pairs"]
-    coefficients = found.coefficients(pairs)
-    row = found.contrast(coefficients)
+    pairs, correct = declared["pairs"], compared.correct
+    coefficients = compared.found.coefficients(pairs)
+    row = compared.found.contrast(coefficients)
     paired = correct.to_numpy() @ coefficients
     if np.isfinite(row["p_value"]):
-        row["p_value"] = max(row["p_value"], sign_flip_floor(paired, codes))
-    elif codes.max() + 1 >= MIN_PATIENTS and not paired.any():
+        row["p_value"] = max(row["p_value"], sign_flip_floor(paired, compared.cells.codes))
+    elif compared.cells.patients >= MIN_PATIENTS and not paired.any():
         row["p_value"] = 1.0
+    repeat, image = (correct.index.get_level_values(level) for level in ("repeat", "image"))
+    first = correct[repeat == repeat.min()]
     return {
         **{"contrast": declared["contrast"], "kind": declared["kind"]},
         **{side: " and ".join(pair[i] for pair in pairs) for i, side in enumerate("ab")},
-        **{"n_images": correct.index.get_level_values("image").nunique(), "n_patients": int(codes.max()) + 1},
+        **{"n_images": image.nunique(), "n_patients": compared.cells.patients},
         **row,
-        "p_mcnemar": exact_mcnemar(predictions, *pairs[0]) if len(pairs) == 1 else np.nan,
+        "p_mcnemar": exact_mcnemar(*(first[v] for v in pairs[0])) if len(pairs) == 1 else np.nan,
     }
 
 
@@ -117,13 +148,9 @@ def sign_flip_floor(paired: np.ndarray, codes: np.ndarray) -> float:
     return min(1.0, 2.0 ** (1 - differing))
 
 
-def exact_mcnemar(predictions: pd.DataFrame, a: str, b: str) -> float:
-    """Return exact McNemar's p, first repeat alone; it ignores that slices of a patient are alike."""
-    first = predictions[predictions["repeat"] == predictions["repeat"].min()]
-    right = first.assign(right=first["label"] == first["predicted"]).pivot(
-        index="image", columns="variant", values="right"
-    )
-    table = [[int(((right[a] == i) & (right[b] == j)).sum()) for j in (True, False)] for i in (True, False)]
+def exact_mcnemar(a: pd.Series, b: pd.Series) -> float:
+    """Return exact McNemar's p of right (1) and wrong (0); it ignores that slices of a patient are alike."""
+    table = [[int(((a == i) & (b == j)).sum()) for j in (1, 0)] for i in (1, 0)]
     return float(mcnemar(table, exact=True).pvalue)
 
 
@@ -137,22 +164,19 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
-    """Return the smallest true difference found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
-    return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
-
-
 def pair_table(
-    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
+    predictions: pd.DataFrame | Compared,
+    control: pd.DataFrame | None = None,
+    n_draws: int = DRAWS,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Return the effect of each step in each pair of variants that differ by it alone, DataFrame.
 
-    Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's pairs having one effect; NaN for
-    a single pair). Exploratory: nothing corrects for their number.
+    predictions: as for contrast_table. Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's
+    pairs having one effect; NaN for a single pair). Exploratory: nothing corrects for their number.
     """
-    pairs = step_pairs(list(predictions["variant"].unique()))
-    correct, cells = paired_correctness(all_contrasts(predictions, control)[1])
-    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
+    compared = compare(predictions, control, n_draws, seed)
+    pairs, found = step_pairs(compared.variants), compared.found
     rows = []
     for step, of_step in pairs.items():
         contrasts = np.array([found.coefficients([pair]) for pair in of_step])
@@ -168,76 +192,19 @@ def pair_table(
 
 
 def best_set(
-    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
+    predictions: pd.DataFrame | Compared,
+    control: pd.DataFrame | None = None,
+    n_draws: int = DRAWS,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Return which variants can't be told from the best, by Hsu's multiple comparisons with the best (1984).
 
-    DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high), most accurate first:
-    a variant minus the best other one, with 95 % simultaneous intervals, so that the set holds the truly best
-    variant in 95 % of such studies. The control only helps to know the training noise.
+    predictions: as for contrast_table. DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low,
+    ci_high), most accurate first: a variant minus the best other one, with 95 % simultaneous intervals, so that
+    the set holds the truly best variant in 95 % of such studies. The control only helps to know the training noise.
     """
-    variants = list(predictions["variant"].unique())
-    _, rows = all_contrasts(predictions, control)
-    correct, cells = paired_correctness(rows)
-    found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
-    return best_of(found, variants, seed)
-
-
-def best_of(found: Estimates, variants: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Return best_set's table of some estimates."""
-    k = len(variants)
-    apart, reach = np.full((k, k), -np.inf), np.full((k, k), np.nan)
-    for i, one in enumerate(variants):
-        others = [j for j in range(k) if j != i]
-        pairs = np.array([found.coefficients([(one, variants[j])]) for j in others])
-        if len(others):
-            reach[i, others] = simultaneous_reach(found, pairs, seed)
-            apart[i, others] = pairs @ found.values
-    np.fill_diagonal(apart, np.inf)
-    upper = np.min(np.where(np.eye(k, dtype=bool), np.inf, apart + reach), axis=1)
-    best = np.isnan(upper) | (upper > 0)
-    rows = []
-    for i, one in enumerate(variants):
-        rivals = [j for j in np.flatnonzero(best) if j != i]
-        lower = 0.0 if not rivals else float(np.min([apart[i, j] - reach[j, i] for j in rivals]))
-        other = int(np.argmin(apart[i]))
-        value = {
-            "variant": one,
-            "accuracy": found.values[found.names.index(one)],
-            "in_best_set": bool(best[i]),
-        }
-        value |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
-        rows.append(value | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
-    table = pd.DataFrame(rows)
-    if k == 1:
-        table[["difference", "ci_low", "ci_high"]] = np.nan
-    return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
-
-
-def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int) -> np.ndarray:
-    """Return how far each difference may lie below what was seen, all at once in 95 %, float (pairs,).
-
-    Dunnett's one-sided quantile for these errors and correlations, by simulation. pairs: coefficients.
-    """
-    if found.freedom[0] + 1 < MIN_PATIENTS:
-        return np.full(len(pairs), np.nan)
-    errors = np.array([found.errors(pair) for pair in pairs])
-    known = np.isfinite(errors[:, 0])  # not where two variants are right on the very same slices
-    reach = np.full(len(pairs), 1e-9)
-    if known.any():
-        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed)
-    return reach
-
-
-def _dunnett_reach(found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int) -> np.ndarray:
-    """Return simultaneous_reach where every difference has an error."""
-    both = np.hypot(errors[:, 0], errors[:, 1])
-    luck = np.nan_to_num(found.training) * found.share
-    covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
-    rng, freedom = np.random.default_rng(seed), errors[:, 2].min()
-    root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
-    largest = (root @ rng.normal(size=(len(pairs), BEST_DRAWS))).max(0)
-    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, BEST_DRAWS) / freedom), 1 - ALPHA)
+    compared = compare(predictions, control, n_draws, seed)
+    return best_of(compared.found, compared.variants, seed)
 
 
 def best_in_words(best: pd.DataFrame) -> str:
@@ -341,7 +308,10 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     columns = ["training_sd", "training_sd_low", "training_sd_high"]
     sd, low, high = 100 * contrasts[columns].iloc[0] if len(contrasts) else (np.nan,) * 3
     if np.isnan(sd):
-        return f"One fold or one variant can't tell how far training again moves accuracy: intervals hold {ALONE}."
+        return (
+            "A single split or a single variant can't tell how far training again moves accuracy: "
+            f"intervals hold {ALONE}."
+        )
     size = (
         f"an SD of {sd:.1f} points" if sd >= 0.05 else "less than can be seen beside the choice of patients"
     )
@@ -359,12 +329,13 @@ def score_testing(
 ) -> pd.DataFrame:
     """Return how each variant does on the labelled slices of TestingData, DataFrame; empty without any.
 
-    found: {variant: image, predicted, ...}, in the order of testing. Columns: variant, slices, patients,
+    found: {variant: image, predicted, p_<class>}, in the order of testing. Columns: variant, slices, patients,
     right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals
     are over patients, for these trained networks alone; NaN for fewer than 10 patients.
     """
-    labelled = testing["label"].isin(CLASSES).to_numpy()
-    if not found or not labelled.any():
+    classes = classes_of(next(iter(found.values()))) if found else ()
+    labelled = testing["label"].isin(classes).to_numpy()
+    if not labelled.any():
         return pd.DataFrame()
     where = testing[["label", "patient"]].assign(repeat=1, fold=1)
     tables = [

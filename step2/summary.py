@@ -1,10 +1,13 @@
 """The answer in words: half a page of Markdown, results/summary.md, and a sentence under each figure."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from step2.bootstrap import POWER, patient_ids
-from step2.metrics import class_warnings, metric_of, with_interval
+from step2.classes import CLASSES, HEALTHY, classes_of
+from step2.metrics import class_warnings, guesses, metric_of, with_interval
 from step2.report import OPTIMISTIC
 from step2.statistics import (
     DRAWS,
@@ -32,22 +35,27 @@ def summarize(
     testing: pd.DataFrame | None = None,
     convergence: list[str] | None = None,
     margin: float = EQUIVALENCE,
+    part: str = "",
 ) -> str:
-    """Return the half-page summary, Markdown. convergence: the lines of convergence_lines."""
-    level = "" if patient_level else OPTIMISTIC
-    warned = class_warnings(predictions, patient_level)
+    """Return the half-page summary, Markdown. convergence: the lines of convergence_lines.
+
+    part: which part of the declared comparison this is, such as '3 of 5 folds'.
+    """
+    level = f" ({part})" * bool(part) + ("" if patient_level else OPTIMISTIC)
+    classes, warned = classes_of(predictions), class_warnings(predictions, patient_level)
+    any_in_words = endpoints_in_words(metrics, endpoints, classes)
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
         [f"**Which is best?** {best_in_words(best)}"],
-        data_lines(predictions, caption, patient_level, warned),
+        data_lines(predictions, caption, patient_level, warned, part),
         ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence or [])],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
         [*contrast_lines(contrasts, margin), "", f"Differences in accuracy{level}. {caption}."]
         if len(contrasts)
         else [],
-        [f"**Any hemorrhage (secondary).** {endpoints_in_words(metrics, endpoints)}"],
+        [f"**Any hemorrhage (secondary).** {any_in_words}"],
         [f"**TestingData.** {testing_in_words(testing)}"] if testing is not None and len(testing) else [],
-        limit_lines(patient_level, margin),
+        limit_lines(patient_level, margin, HEALTHY in classes),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -63,7 +71,8 @@ def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart"
     same = int((primary["band"] == "inside").sum())
     equal = f" {same} of {len(primary)} are within {in_band(margin)} of it." if same else ""
-    return f"{answer[0].upper()}{answer[1:]}.{equal}{detectable_text(primary)}"
+    about = " All networks are trained on these patients."
+    return f"{answer[0].upper()}{answer[1:]}.{equal}{about}{detectable_text(primary)}"
 
 
 def detectable_text(primary: pd.DataFrame) -> str:
@@ -78,17 +87,25 @@ def detectable_text(primary: pd.DataFrame) -> str:
     )
 
 
-def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, warned: list[str]) -> list[str]:
+def data_lines(
+    predictions: pd.DataFrame, caption: str, patient_level: bool, warned: list[str], part: str = ""
+) -> list[str]:
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
+    classes = classes_of(predictions)
+    chance, commonest = guesses(predictions)
+    guessing = f"{len(classes)} classes ({', '.join(classes)}): guessing gets {100 * chance:.3g} % right"
+    guessing += f", always saying the commonest {100 * commonest:.3g} %" if commonest else ""
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
+    if part:
+        design = f"{part} of the cross-validation (an interim look: run the notebook again to train the rest)"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
         unit, people = "No patient ids: all intervals are **slice-level, optimistic**.", ""
     return [
         f"**Data and settings.** {caption}. Tested: {predictions['image'].nunique()} slices{people}; "
-        f"{design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all variants. "
-        f"{unit}",
+        f"{guessing}; {design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all "
+        f"variants. {unit}",
         *(["", *(f"* Warning: {line}." for line in warned)] if warned else []),
     ]
 
@@ -99,13 +116,15 @@ def accuracy_lines(
     """Return a Markdown table of the main metrics, list of str; % but for the AUC."""
     may = set(best.loc[best["in_best_set"], "variant"]) if len(best) > 1 else set()
     tested = testing.set_index("variant") if testing is not None and len(testing) else None
-    heads = ["variant", "accuracy, % (95 % CI)", "may be best", "AUC, any hemorrhage (95 % CI)"]
-    lines = ["| " + " | ".join(heads + (["TestingData, % (95 % CI)"] if tested is not None else [])) + " |"]
-    lines.append("|---" * (len(heads) + (tested is not None)) + "|")
+    with_auc = "any_auc" in set(metrics["metric"])
+    heads = ["variant", "accuracy, % (95 % CI)", "may be best"]
+    heads += ["AUC, any hemorrhage (95 % CI)"] if with_auc else []
+    heads += ["TestingData, % (95 % CI)"] if tested is not None else []
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in metrics["variant"].unique():
-        accuracy = with_interval(*metric_of(metrics, name, "accuracy"))
-        auc = with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2)
-        cells = [name, accuracy, "yes" if name in may else "", auc]
+        cells = [name, with_interval(*metric_of(metrics, name, "accuracy")), "yes" if name in may else ""]
+        if with_auc:
+            cells.append(with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2))
         if tested is not None:
             cells.append(with_interval(*tested.loc[name, ["accuracy", "ci_low", "ci_high"]]))
         lines.append("| " + " | ".join(cells) + " |")
@@ -138,11 +157,16 @@ def p_text(p: float) -> str:
     return "\N{EN DASH}" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame | None) -> str:
+def endpoints_in_words(
+    metrics: pd.DataFrame, endpoints: pd.DataFrame | None, classes: tuple[str, ...]
+) -> str:
     """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
+    if HEALTHY not in classes:
+        return f"Left out: no class is called {HEALTHY}."
+    others = [name for name in classes if name not in CLASSES]
+    said = [f"It means every class but {HEALTHY}, so {', '.join(others)} too."] if others else []
     if endpoints is None or endpoints.empty:
-        return "Too few healthy or bleeding patients, or no comparison."
-    said = []
+        return " ".join([*said, "Too few healthy or bleeding patients, or no comparison."])
     for name, table in endpoints[endpoints["kind"] == "primary"].groupby("endpoint", sort=False):
         clear = [
             f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points(row)}"
@@ -172,14 +196,15 @@ def testing_in_words(testing: pd.DataFrame) -> str:
     return f"{lead}: {best}{few}."
 
 
-def limit_lines(patient_level: bool, margin: float = EQUIVALENCE) -> list[str]:
-    """Return limits and method, list of str."""
+def limit_lines(patient_level: bool, margin: float = EQUIVALENCE, with_any: bool = True) -> list[str]:
+    """Return limits and method, list of str. with_any: there are results about any hemorrhage."""
+    secondary = "Effects of steps and any hemorrhage" if with_any else "Effects of steps"
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
         f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
         "here speaks of a newly drawn training set. The same seed gives the same table on one kind of machine; "
         "another machine's arithmetic is another draw of the trainings. The contrasts were fixed in the code, "
-        "not preregistered. Primary p are Holm-corrected, intervals are not. Effects of steps and any hemorrhage "
+        f"not preregistered. Primary p are Holm-corrected, intervals are not. {secondary} "
         "are secondary. One network, one data set; no medical device.",
         "",
         f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
@@ -241,3 +266,35 @@ def say_confusions(counts: np.ndarray, classes: tuple[str, ...], variant: str) -
         return f"{variant} confuses nothing."
     most = f"{classes[true]} called {classes[called]}, {wrong[true, called]:.3g} of {counts[true].sum():.3g} slices"
     return f"{variant}'s most frequent confusion: {most}."
+
+
+def say_reliability(predictions: pd.DataFrame, shown: Sequence[str]) -> str:
+    """Return how far each shown variant's confidence lies from how often it is right, in points."""
+    said = []
+    for variant in dict.fromkeys(shown):
+        rows = predictions[predictions["variant"] == variant]
+        sure = rows.filter(regex="^p_").max(axis=1)
+        excess = 100 * float((sure - (rows["label"] == rows["predicted"])).mean())
+        said.append(f"{variant} is {abs(excess):.1f} points {'too sure' if excess > 0 else 'too modest'}")
+    return f"On average {'; '.join(said)}."
+
+
+def say_costs(costs: pd.DataFrame) -> str:
+    """Return which variant costs least and most, of each cost. costs: a column each, a row for each variant."""
+    return "; ".join(
+        f"{name}: {values.min():.3g} ({values.idxmin()}) to {values.max():.3g} ({values.idxmax()})"
+        for name, values in costs.items()
+    )
+
+
+def say_mistakes(mistakes: pd.DataFrame) -> str:
+    """Return what the most confident mistakes have in common."""
+    if mistakes.empty:
+        return "No slice was mistaken by any variant."
+    kinds = mistakes.groupby(["label", "predicted"], sort=False).size()
+    label, called = kinds.idxmax()
+    low, high = 100 * mistakes["confidence"].min(), 100 * mistakes["confidence"].max()
+    return (
+        f"Said with {low:.0f} to {high:.0f} % confidence; most often {label} called {called}, "
+        f"{kinds.max()} of {len(mistakes)}."
+    )

@@ -2,10 +2,9 @@
 
 import io
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from step2.files import read_sealed, write_content, write_sealed
 from step2.network import (
@@ -24,12 +22,17 @@ from step2.network import (
     load_initial,
     normalise,
 )
-from step2.pictures import Batches, Pictures, fits_in_memory, in_order, make_loader
+from step2.pictures import Pictures, fits_in_memory, in_order, load, shuffled, steps_per_epoch
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
+LONGER = 1.1  # times the longest epoch so far: what the next one may take
 CURVE_POINTS = 35  # of a held-out curve, at least, where there are as many epochs
 Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
+
+
+class OutOfTime(Exception):
+    """The time for training is over, or would be before the next epoch of this run is."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ class Trainer:
     part: slices at a time, halved when memory ends. best: weights of the epoch with the lowest held-out loss.
     """
 
-    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device):
+    def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device, outputs: int):
         self.recipe, self.part, self.device = recipe, speed.part, device
         self.best: dict[str, torch.Tensor] = {}
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
-        self.network = build_network(recipe, momentum).to(device, memory_format=self.layout)
+        self.network = build_network(recipe, momentum, outputs).to(device, memory_format=self.layout)
         decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay, fused=speed.fused)
@@ -128,11 +131,11 @@ def release_memory(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def predict(trainer: Trainer, loader: DataLoader) -> np.ndarray:
-    """Return probabilities, float64 (n, classes), in the loader's order."""
+def predict(trainer: Trainer, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Return probabilities, float64 (n, classes), in the order of the batches that `load` yields."""
     trainer.network.eval()
     found = []
-    for pictures, _ in loader:
+    for pictures, _ in batches:
         for some in pictures.split(trainer.part):
             with trainer.autocast():
                 scores = trainer.network(trainer.to_device(some))
@@ -145,13 +148,21 @@ def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-15)).mean())
 
 
-def train_epoch(trainer: Trainer, loader: DataLoader, truth: torch.Tensor, epoch: int, tell: Tell) -> dict:
-    """Train one epoch and return its row of history. truth: of all slices, int (n,)."""
-    batches, epochs = loader.batch_sampler, trainer.recipe.epochs
-    assert isinstance(batches, Batches)
-    batches.epoch, steps, began, seen, rate = epoch, len(batches), time.perf_counter(), 0, 0.0
+def train_epoch(
+    trainer: Trainer,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    truth: torch.Tensor,
+    epoch: int,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Train one epoch on batches that `load` yields and return its row of history.
+
+    steps: of an epoch. truth: of all slices, int (n,).
+    """
+    epochs, began, seen, rate = trainer.recipe.epochs, time.perf_counter(), 0, 0.0
     total = torch.zeros(2, device=trainer.device)
-    for number, (pictures, index) in enumerate(loader):
+    for number, (pictures, index) in enumerate(batches):
         rate = learning_rate(epoch * steps + number, epochs * steps, trainer.recipe)
         total += train_step(trainer, pictures, truth[index], rate) * len(index)
         seen += len(index)
@@ -166,17 +177,22 @@ def train_epoch(trainer: Trainer, loader: DataLoader, truth: torch.Tensor, epoch
 
 @dataclass(frozen=True)
 class RunInput:
-    """What one run is made of. labels: int (n,) of all slices; train, held_out: their positions."""
+    """What one run is made of. labels: int (n,) of all slices, 0 to classes - 1; train, held_out: positions.
+
+    ends: when training has to be over, in seconds since 1970.
+    """
 
     folder: Path
     pictures: Path
     images: tuple[str, ...]
     labels: np.ndarray
+    classes: int
     train: np.ndarray
     held_out: np.ndarray
     seed: int
     settings: Settings
     weights: InitialWeights
+    ends: float = math.inf
 
 
 def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> tuple[Trainer, list[dict]]:
@@ -184,23 +200,27 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
 
     Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
     are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
-    flatters.
+    flatters. OutOfTime where run.ends comes first; the checkpoint is that of the last whole epoch.
     """
-    settings, size = run.settings, run.settings.batch_size
+    settings, size, threads = run.settings, run.settings.batch_size, run.settings.workers
     torch.manual_seed(run.seed)
     cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
-    loader = make_loader(pictures, Batches(run.train, size, run.seed), settings.workers)
-    judge = make_loader(pictures, in_order(run.held_out, size), settings.workers)
-    trainer = Trainer(settings, speed, batch_norm_momentum(len(loader) * settings.epochs), device)
+    steps, held_out = steps_per_epoch(len(run.train), size), in_order(run.held_out, size)
+    momentum = batch_norm_momentum(steps * settings.epochs)
+    trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
     history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
-    for epoch in range(len(history), settings.epochs):
-        with loaders_explained():
-            row = train_epoch(trainer, loader, truth, epoch, tell) | {"val_loss": None, "val_accuracy": None}
-            found = predict(trainer, judge) if is_judged(epoch, settings.epochs) else None
-        if found is not None:
+    tell = tell_until(run.ends, tell)
+    for epoch in epochs_in_time(history, settings.epochs, run.ends):
+        batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
+        row = train_epoch(trainer, batches, steps, truth, epoch, tell) | {
+            "val_loss": None,
+            "val_accuracy": None,
+        }
+        if is_judged(epoch, settings.epochs):
+            found = predict(trainer, load(pictures, held_out, threads))
             row["val_loss"] = log_loss(found, answers)
             row["val_accuracy"] = float((found.argmax(1) == answers).mean())
             if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
@@ -210,28 +230,41 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     return trainer, history
 
 
+def epochs_in_time(history: list[dict], epochs: int, ends: float) -> Iterator[int]:
+    """Yield the epochs to train, 0 to epochs - 1; OutOfTime instead of one that would not end before `ends`.
+
+    history: rows of the epochs that are done; the longest so far says how long the next one may take.
+    """
+    longest = max((row["seconds"] for row in history), default=0.0)
+    for epoch in range(len(history), epochs):
+        began = time.time()
+        if began + LONGER * longest > ends:
+            raise OutOfTime(f"epoch {epoch + 1} may take {LONGER * longest:.0f} s, more than are left")
+        yield epoch
+        longest = max(longest, time.time() - began)
+
+
+def tell_until(ends: float, tell: Tell) -> Tell:
+    """Return tell, but that it stops the run once `ends` has come: a first epoch's length is not known."""
+
+    def checked(epochs: float) -> None:
+        tell(epochs)
+        if time.time() > ends:
+            raise OutOfTime("an epoch took longer than was left")
+
+    return checked
+
+
 def is_judged(epoch: int, epochs: int) -> bool:
     """Tell whether the held-out slices are predicted after an epoch, 0 to epochs - 1: for the curves, so a
     tenth of the time of short epochs need not go there. The last one always is."""
     return (epochs - 1 - epoch) % max(1, epochs // CURVE_POINTS) == 0
 
 
-@contextmanager
-def loaders_explained() -> Iterator[None]:
-    """Say what to do where the system kills a process that loads pictures."""
-    try:
-        yield
-    except RuntimeError as err:
-        if not re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", str(err)):
-            raise
-        advice = "most often for want of memory: lower workers, processes or image_size, and run again"
-        raise RuntimeError(f"the system killed a process that loads pictures, {advice} ({err})") from err
-
-
 def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
     """Return a trained run's probabilities for the slices of its fold, float64 (n held out, classes)."""
     pictures = Pictures(run.pictures, run.images, run.settings)
-    return predict(trainer, make_loader(pictures, in_order(run.held_out, run.settings.batch_size), 0))
+    return predict(trainer, load(pictures, in_order(run.held_out, run.settings.batch_size)))
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:

@@ -1,18 +1,17 @@
-"""Variants, their steps and the classes, as Step 1's table has them. Uses Step1_Image_Preprocessing.py."""
+"""Variants and their steps, as Step 1's table has them. Uses Step1_Image_Preprocessing.py."""
 
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from Step1_Image_Preprocessing import BUNDLES, CLASSES, EXTRA_VARIANTS, KNOWN_VARIANTS, VARIANTS, single_steps
+from Step1_Image_Preprocessing import BUNDLES, EXTRA_VARIANTS, KNOWN_VARIANTS, VARIANTS, single_steps
 
 __all__ = [
-    *("BASELINE", "CHANCE", "CLASSES", "EXTRA_VARIANTS", "KNOWN_VARIANTS", "VARIANTS"),
+    *("BASELINE", "EXTRA_VARIANTS", "KNOWN_VARIANTS", "VARIANTS"),
     *("choose_variants", "require", "step_pairs"),
 ]
 
 BASELINE = next(name for name, steps in VARIANTS.items() if not steps)
-CHANCE = 1 / len(CLASSES)
 IN_WORDS = {  # what a variant has more than another -> the effect's name
     BUNDLES["roi"]: "ROI (mask and brain window)",
     BUNDLES["noblank"]: "noblank (skull black and crop)",

@@ -33,25 +33,30 @@ def make_settings(**given) -> Settings:
     return read_settings(TINY | given)
 
 
-def write_pictures(data: Path, per_class: int = 4, variants: tuple[str, ...] = VARIANTS) -> pd.DataFrame:
+def write_pictures(
+    data: Path,
+    per_class: int = 4,
+    variants: tuple[str, ...] = VARIANTS,
+    classes: tuple[str, ...] = CLASSES,
+) -> pd.DataFrame:
     """Write what Step 1 would: two slices of each of per_class patients a class, 3 of testing, a manifest.
 
     One more slice is blank, and one more file was refused.
     """
-    rows = []
-    for number, label in enumerate(CLASSES):
+    rows, first = [], classes[0]
+    for number, label in enumerate(classes):
         for patient in range(per_class):
             for k in range(2):
                 image = f"TrainingData/{label}/{patient}.{k}.png"
                 rows.append([image, "train", label, f"patient {number}-{patient}", "ok", "0"])
-    rows.append(["TrainingData/healthy/blank.png", "train", "healthy", "patient 0-0", "ok", "1"])
-    rows.append(["TrainingData/healthy/bad.png", "train", "healthy", "", "failed", ""])
-    rows += [[f"TestingData/{label}.png", "test", label, f"test {label}", "ok", "0"] for label in CLASSES[:3]]
+    rows.append([f"TrainingData/{first}/blank.png", "train", first, "patient 0-0", "ok", "1"])
+    rows.append([f"TrainingData/{first}/bad.png", "train", first, "", "failed", ""])
+    rows += [[f"TestingData/{label}.png", "test", label, f"test {label}", "ok", "0"] for label in classes[:3]]
     manifest = pd.DataFrame(rows, columns=["image", "split", "label", "patient", "status", "blank"])
     for variant in variants:
         for index, row in manifest[manifest["status"] == "ok"].iterrows():
             picture = np.random.default_rng([index, len(variant)]).integers(0, 90, (SIZE, SIZE), np.uint8)
-            place = CLASSES.index(row["label"])
+            place = classes.index(row["label"])
             picture[8 * (place // 3) + 6 :][:7, 9 * (place % 3) + 3 :][:, :7] = 250
             path = data / variant / row["image"]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +106,26 @@ def prediction_table(calls: dict, labels: list[str], patients: list[str], repeat
 
 
 def random_table(
-    patients: int, slices: int, variants=ALL_VARIANTS, folds: int = 1, repeats: int = 1, seed: int = 0
+    patients: int,
+    slices: int,
+    variants=ALL_VARIANTS,
+    folds: int = 1,
+    repeats: int = 1,
+    seed: int = 0,
+    classes: tuple[str, ...] = CLASSES,
 ) -> pd.DataFrame:
     """Return a prediction table of random probabilities that lean towards the label."""
     rng, tables = np.random.default_rng(seed), []
     codes = np.repeat(np.arange(patients), rng.integers(1, 2 * slices, patients))
-    labels = rng.integers(6, size=len(codes))
-    labels[:6] = range(6)
+    k = len(classes)
+    labels = rng.integers(k, size=len(codes))
+    labels[:k] = range(k)
     for variant in variants:
         for repeat in range(repeats):
-            score = rng.normal(size=(len(codes), 6)) + 1.5 * np.eye(6)[labels]
+            score = rng.normal(size=(len(codes), k)) + 1.5 * np.eye(k)[labels]
             p = np.exp(score) / np.exp(score).sum(axis=1, keepdims=True)
-            table = pd.DataFrame(p, columns=[f"p_{c}" for c in CLASSES])
-            names = np.array(CLASSES)
+            table = pd.DataFrame(p, columns=[f"p_{c}" for c in classes])
+            names = np.array(classes)
             table = table.assign(variant=variant, repeat=repeat, fold=(codes + repeat) % folds)
             table = table.assign(
                 patient=[f"P{c}" for c in codes], label=names[labels], predicted=names[p.argmax(1)]

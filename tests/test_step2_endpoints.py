@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
-from step2_helpers import ALL_VARIANTS, random_table
+from step2_helpers import ALL_VARIANTS, CLASSES, random_table
 
 from step2.endpoints import endpoint_table
 from step2.metrics import concordance, metric_table, ranking_estimates, sensitivity_at_90
@@ -67,11 +67,12 @@ def test_too_few_healthy_patients_leave_nothing():
     table = random_table(30, 2, ALL_VARIANTS[:2])
     few = table[(table["label"] != "healthy") | table["patient"].isin(["P0", "P1"])]
     assert endpoint_table(few).empty
-    assert endpoints_in_words(pd.DataFrame(), pd.DataFrame()).startswith("Too few")
+    assert endpoints_in_words(pd.DataFrame(), pd.DataFrame(), CLASSES).startswith("Too few")
 
 
 def test_words_name_another_order_by_auc():
     rows = [("a", "accuracy", 0.9), ("b", "accuracy", 0.8), ("a", "any_auc", 0.7), ("b", "any_auc", 0.8)]
     metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
     endpoints = pd.DataFrame({"kind": ["factorial"], "endpoint": ["AUC"]})
-    assert endpoints_in_words(metrics, endpoints) == "By AUC the order is another one than by accuracy: b, a."
+    words = "By AUC the order is another one than by accuracy: b, a."
+    assert endpoints_in_words(metrics, endpoints, CLASSES) == words

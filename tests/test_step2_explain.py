@@ -30,6 +30,6 @@ def test_grad_cam_finds_the_pixels_that_the_class_depends_on():
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
 def test_grad_cam_of_a_real_network_is_a_map_from_0_to_1(channels):
     pictures = torch.randint(256, (3, channels, 96, 96), dtype=torch.uint8)
-    network = build_network(make_settings(image_size=96), 0.1)
+    network = build_network(make_settings(image_size=96), 0.1, 6)
     maps = grad_cam(network, pictures, torch.tensor([0, 1, 2]))
     assert maps.shape == (3, 96, 96) and maps.min() >= 0 and maps.max() <= 1

@@ -76,7 +76,7 @@ def test_learning_curves_say_who_is_still_learning_and_skip_epochs_without_a_loo
         for v in TWO
         for e in (1, 2, 3)
     ]
-    figure = figures.draw_learning(pd.DataFrame(rows), TWO, ["1_ROI"])
+    figure = figures.draw_learning(pd.DataFrame(rows), TWO, 6, ["1_ROI"])
     assert "1_ROI\nstill learning" in axis_texts(figure) and "1.50" in axis_texts(figure)
     assert axis_texts(figure).count("still learning") == 1
     plt.close(figure)
@@ -109,6 +109,16 @@ def test_caption_of_unchanged_profile_and_unknown_patients():
     caption = make_caption(settings, slices, np.zeros((1, 2)), "", "ImageNet's initial weights")
     assert caption.startswith("quick profile, efficientnet-narrow at ")
     assert caption.endswith("px, 2 slices of an unknown number of patients, ImageNet's initial weights")
+
+
+@pytest.mark.parametrize(
+    ("label", "words"), [("subdural", "slices with one subtype"), ("hemorrhage", "slices")]
+)
+def test_caption_of_rsnas_subtypes_says_that_slices_have_one(label, words):
+    settings, slices = read_settings({"profile": "quick"}), some_slices_of(["a", "b"])
+    slices = Slices(slices.training.assign(label=["healthy", label]), slices.testing, {}, True)
+    caption = make_caption(settings, slices, np.zeros((1, 2)), "RSNA-2019", "random initial weights")
+    assert caption.endswith(f"px, 2 RSNA-2019 {words} of 2 patients, random initial weights")
 
 
 def test_caption_of_a_single_split_says_what_was_tested():

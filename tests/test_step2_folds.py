@@ -67,9 +67,11 @@ def test_fold_without_a_class_is_found():
 @pytest.mark.parametrize(
     ("patients", "sentence"),
     [
-        (dict.fromkeys(CLASSES[:-1], 4), "no slice of epidural: put some into TrainingData/epidural/"),
         (dict.fromkeys(CLASSES, 4) | {"subdural": 2}, "subdural has 2 patients for 3 folds: set folds to 2"),
-        (dict.fromkeys(CLASSES, 1), "healthy has 1 patients for 3 folds: put more into TrainingData"),
+        (
+            dict.fromkeys(CLASSES, 1),
+            "healthy has 1 patient for 3 folds: put more into TrainingData/healthy/, or take that folder away",
+        ),
     ],
 )
 def test_too_few_patients_get_a_sentence(patients, sentence):
@@ -79,5 +81,5 @@ def test_too_few_patients_get_a_sentence(patients, sentence):
 
 def test_one_patient_with_everything_is_refused():
     slices = some_slices(dict.fromkeys(CLASSES, 3)).assign(patient="the only one")
-    with pytest.raises(ValueError, match="1 patients for 3 folds"):
+    with pytest.raises(ValueError, match="1 patient for 3 folds"):
         make_folds(slices, 3, seed=0)

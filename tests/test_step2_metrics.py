@@ -50,7 +50,7 @@ def test_confusion_metrics_by_hand():
     counts = np.zeros((1, 6, 6))
     counts[0, 0, :2] = 3, 1  # healthy: 3 right, 1 called intraparenchymal
     counts[0, 1, :2] = 2, 4  # intraparenchymal: 2 called healthy, 4 right
-    value = {name: v[0] for name, v in confusion_metrics(counts).items()}
+    value = {name: v[0] for name, v in confusion_metrics(counts, CLASSES).items()}
     assert value["accuracy"] == 0.7
     assert value["any_sensitivity"] == pytest.approx(4 / 6)
     assert value["any_specificity"] == pytest.approx(3 / 4)

@@ -60,7 +60,7 @@ def test_grey_is_repeated_and_normalised_as_imagenet_weights_expect():
 @pytest.mark.parametrize("size", [33, 64, 97])
 def test_padding_is_that_of_the_image_size(size):
     torch.manual_seed(0)
-    network = build_network(make_settings(model_name="efficientnet-b0", image_size=size), 0.1).eval()
+    network = build_network(make_settings(model_name="efficientnet-b0", image_size=size), 0.1, 6).eval()
     dynamic = EfficientNet.from_name("efficientnet-b0", num_classes=6, image_size=None).eval()
     default = EfficientNet.from_name("efficientnet-b0", num_classes=6).eval()  # built for 224
     for other in (dynamic, default):
@@ -75,11 +75,11 @@ def test_padding_is_that_of_the_image_size(size):
 
 def test_short_runs_get_a_larger_batch_norm_momentum():
     assert batch_norm_momentum(200) == 0.1 and batch_norm_momentum(14_650) == 0.01
-    assert build_network(make_settings(), 0.1)._bn0.momentum == pytest.approx(0.1)
+    assert build_network(make_settings(), 0.1, 6)._bn0.momentum == pytest.approx(0.1)
 
 
 def test_swish_is_that_of_pytorch():
-    assert isinstance(build_network(make_settings(), 0.1)._swish, torch.nn.SiLU)
+    assert isinstance(build_network(make_settings(), 0.1, 6)._swish, torch.nn.SiLU)
 
 
 # ---------------------------------------- initial weights
@@ -109,7 +109,7 @@ def settle(results: Path, weights: str | Path, **others):
 
 def test_weights_of_a_file_are_used_and_its_classifier_replaced(given, results, tmp_path):
     weights = settle(results, tmp_path / "b0.pt")
-    network = build_network(make_settings(model_name="efficientnet-b0"), 0.1)
+    network = build_network(make_settings(model_name="efficientnet-b0"), 0.1, 6)
     load_initial(network, weights)
     assert torch.equal(network._conv_stem.weight, given._conv_stem.weight)
     assert network._fc.out_features == 6

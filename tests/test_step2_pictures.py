@@ -1,5 +1,7 @@
 """PNGs, augmentation and batches: whole pictures only, chance that repeats, every slice once."""
 
+import threading
+
 import cv2
 import numpy as np
 import pytest
@@ -7,16 +9,16 @@ import torch
 from step2_helpers import SIZE, make_settings, png, write_pictures
 
 from step2.pictures import (
-    Batches,
     Pictures,
     augment,
     check_channels,
     fits_in_memory,
     in_order,
-    make_loader,
+    load,
     pictures_digest,
     read_content,
     read_png,
+    shuffled,
     steps_per_epoch,
     to_channels,
     to_picture,
@@ -172,9 +174,7 @@ def test_augmentation_follows_from_seed_epoch_and_slice_alone(data):
 
 def test_batches_have_every_slice_once():
     positions = np.arange(100, 160)
-    batches = Batches(positions, 16, seed=9)
-    batches.epoch = 1
-    listed = list(batches)
+    listed = shuffled(positions, 16, seed=9, epoch=1)
     assert [len(batch) for batch in listed] == [15, 15, 15, 15]
     assert sorted(index for batch in listed for epoch, index in batch if epoch == 1) == list(positions)
 
@@ -182,15 +182,13 @@ def test_batches_have_every_slice_once():
 def test_batches_repeat_but_differ_between_epochs_and_seeds():
     orders = []
     for seed, epoch in ((9, 0), (9, 0), (9, 1), (8, 0)):
-        batches = Batches(np.arange(60), 16, seed)
-        batches.epoch = epoch
-        orders.append([index for batch in batches for _, index in batch])
+        orders.append([index for batch in shuffled(np.arange(60), 16, seed, epoch) for _, index in batch])
     assert orders[0] == orders[1]
     assert orders[0] != orders[2] and orders[0] != orders[3]
 
 
 def test_incomplete_last_of_many_batches_is_dropped():
-    many = Batches(np.arange(1003), 8, seed=9)
+    many = shuffled(np.arange(1003), 8, seed=9, epoch=0)
     assert len(many) == 125 and {len(batch) for batch in many} == {8}
 
 
@@ -203,14 +201,32 @@ def test_batches_in_order_are_not_augmented():
     assert in_order(np.array([5, 3, 4]), 2) == [[(None, 5), (None, 3)], [(None, 4)]]
 
 
-@pytest.mark.processes
-def test_cached_streamed_and_worker_loaded_pictures_are_the_same(data):
+def test_cached_and_streamed_pictures_are_the_same_with_any_threads(data):
     images = list(read_slices(data).training["image"])
     pictures = [Pictures(data / "1_ROI", images, make_settings(image_size=40), 5, c) for c in (True, False)]
-    batches = Batches(np.arange(48), 8, 5)
-    loaders = [make_loader(p, batches, workers) for p, workers in zip(pictures, (0, 2), strict=True)]
-    for (first, i), (second, j) in zip(*loaders, strict=True):
-        assert torch.equal(first, second) and torch.equal(i, j)
+    batches = shuffled(np.arange(48), 8, 5, epoch=0)
+    ways = [load(p, batches, threads) for p in pictures for threads in (0, 1, 3)]
+    for (first, i), *others in zip(*ways, strict=True):
+        assert all(torch.equal(first, second) and torch.equal(i, j) for second, j in others)
+
+
+def test_damaged_picture_is_named_whichever_thread_loads_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    pictures = Pictures(tmp_path, ["a.png"], make_settings())
+    with pytest.raises(ValueError, match=r"a\.png is damaged: delete it"):
+        list(load(pictures, [[(None, 0)]] * 5, threads=2))
+
+
+def test_threads_end_with_a_loop_that_is_left_early(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(np.zeros((SIZE, SIZE), np.uint8)))
+    before, batches = (
+        threading.active_count(),
+        load(Pictures(tmp_path, ["a.png"], make_settings()), [[(None, 0)]] * 50, threads=2),
+    )
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -218,7 +234,7 @@ def test_batches_of_a_colour_variant_have_three_channels(tmp_path, cached):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(colour_png(SIZE, SIZE))
     pictures = Pictures(tmp_path, ["a.png", "b.png"], make_settings(), cached=cached)
-    ((batch, index),) = make_loader(pictures, [[(None, 1), (None, 0)]], 0)
+    ((batch, index),) = load(pictures, [[(None, 1), (None, 0)]])
     assert batch.shape == (2, 3, SIZE, SIZE) and batch.dtype == torch.uint8 and index.tolist() == [1, 0]
     assert batch[0, :, 5, 7].tolist() == list(RGB)
 
@@ -239,5 +255,5 @@ def test_loading_draws_nothing_from_the_generator_of_the_training(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((SIZE, SIZE), np.uint8))
     pictures = Pictures(tmp_path, ["a.png"], make_settings())
     before = torch.get_rng_state()
-    list(make_loader(pictures, [[(None, 0)]], 0))
+    list(load(pictures, [[(None, 0)]]))
     assert torch.equal(before, torch.get_rng_state())

@@ -16,7 +16,7 @@ from step2_helpers import SIZE, VARIANTS, make_comparison_for, write_pictures
 
 from step2 import engine, files, runs, training
 from step2.explain import draw_cams
-from step2.report import Report, make_caption
+from step2.report import Report, describe_runs, make_caption
 from step2.runs import Run, collect_history, collect_predictions
 from step2.slices import read_slices
 
@@ -93,11 +93,11 @@ def test_resume_at_each_epoch_equals_an_unbroken_run(data, tmp_path, monkeypatch
     unbroken = train(data, tmp_path / "unbroken", epochs=3)
     train_epoch, stops = training.train_epoch, []
 
-    def stop_before_each_epoch(trainer, loader, truth, epoch, tell):
+    def stop_before_each_epoch(trainer, batches, steps, truth, epoch, tell):
         if epoch not in stops:
             stops.append(epoch)
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop_before_each_epoch)
     for _ in range(3):
@@ -186,10 +186,10 @@ def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) ->
     """Interrupt a run in its second epoch and return its checkpoint."""
     train_epoch = training.train_epoch
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         if epoch:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -244,7 +244,7 @@ def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("done.json", runs.describe_runs),
+        ("done.json", describe_runs),
         ("last.pt", lambda comparison: draw_cams(comparison, collect_predictions(comparison))),
         ("testing-*.csv", lambda comparison: runs.average_testing(comparison, "1_ROI")),
         ("history.csv", runs.collect_history),
@@ -316,9 +316,8 @@ def test_move_that_was_killed_is_finished_at_the_next_start(tmp_path, monkeypatc
 
 def test_titles_of_a_single_split_say_what_was_tested(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path, folds=1)
-    settings, slices, fold_of = comparison.settings, comparison.slices, comparison.fold_of
-    tested = slices.training[fold_of[0] == 0]
-    caption = make_caption(settings, slices, fold_of, "", "random initial weights")
+    tested = comparison.slices.training[comparison.fold_of[0] == 0]
+    caption = make_caption(comparison, "")
     patients = tested["patient"].nunique()
     assert f"48 slices of 24 patients, tested: {len(tested)} slices of {patients} patients" in caption
 
@@ -329,7 +328,7 @@ def test_what_made_a_run_is_stored_with_the_run(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     comparison = make_comparison_for(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), folds=1, epochs=2)
     engine.train_all(comparison)
-    facts = runs.describe_runs(comparison)
+    facts = describe_runs(comparison)
     assert {made["torch"] for made in facts["made_with"]["versions"]} > {"0.0.1"}
     assert any("runs differ in their versions" in line for line in facts["fallbacks"])
     json.dumps(facts)
@@ -338,7 +337,7 @@ def test_what_made_a_run_is_stored_with_the_run(data, tmp_path, monkeypatch):
 def test_each_run_says_what_made_it(data, tmp_path):
     for variants, threads in ((("1_ROI",), 2), (("0_Dicom2PNG", "1_ROI"), 1)):
         train(data, tmp_path / "r", variants, threads=threads)
-    facts = runs.describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
+    facts = describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
     threads = {run["variant"]: facts["made_with"]["threads"][run["threads"]] for run in facts["runs"]}
     assert threads == {"0_Dicom2PNG": 1, "1_ROI": 2} and "threads" not in facts["settings"]
 

@@ -58,15 +58,9 @@ def test_unknown_word_is_named(manifest, tmp_path, column, word):
         read_instead(tmp_path, manifest)
 
 
-def test_unknown_class_is_named(manifest, tmp_path):
-    manifest.loc[5, "label"] = "stroke"
-    with pytest.raises(ValueError, match=r"manifest\.csv has labels \['stroke'\]: the classes are healthy, "):
-        read_instead(tmp_path, manifest)
-
-
-def test_unknown_class_of_a_testing_slice_is_named(manifest, tmp_path):
-    manifest.loc[manifest["split"] == "test", "label"] = "stroke"
-    with pytest.raises(ValueError, match=r"manifest\.csv has labels \['stroke'\]: the classes are healthy, "):
+def test_training_slice_without_a_label_is_refused(manifest, tmp_path):
+    manifest.loc[5, "label"] = ""
+    with pytest.raises(ValueError, match=r"manifest\.csv has training slices without a label: run Step1"):
         read_instead(tmp_path, manifest)
 
 
@@ -159,3 +153,8 @@ def test_pictures_are_phantoms_only_where_all_come_from_their_folder(manifest, t
         (tmp_path / name).touch()
     assert what_pictures("auto", tmp_path, slices) == "phantoms"
     assert what_pictures("my scanner", tmp_path, slices) == "my scanner"
+
+
+def test_pictures_are_rsnas_where_all_come_from_its_download(manifest, tmp_path):
+    slices = read_instead(tmp_path, manifest.assign(source="stage_2_train_images/ID_1.dcm"))
+    assert what_pictures("auto", tmp_path, slices) == "RSNA-2019"

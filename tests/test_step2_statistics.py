@@ -8,17 +8,26 @@ from math import comb
 import numpy as np
 import pandas as pd
 import pytest
-from simulate_intervals import one_setting, simulate
+from simulate_intervals import estimates, one_setting, simulate
 from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
+from step2.best import best_of
 from step2.bootstrap import bootstrap_weights, patient_ids
-from step2.estimates import Estimates, combine, find_cells, interaction, mean_estimates, paired_correctness
+from step2.estimates import (
+    CAUTION,
+    Estimates,
+    combine,
+    find_cells,
+    interaction,
+    mean_estimates,
+    paired_correctness,
+)
 from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
     best_in_words,
-    best_of,
     best_set,
+    compare,
     contrast_table,
     declared_contrasts,
     exact_mcnemar,
@@ -58,13 +67,35 @@ def test_more_patients_do_not_buy_off_training_noise():
 
 
 def test_repeats_average_training_noise_out():
-    rng = np.random.default_rng(1)
-    parts = [simulate(rng, 1500, 4, 0.04, np.zeros(7)) for _ in range(4)]
-    rows = pd.concat([part[0].assign(repeat=k) for k, part in enumerate(parts)], ignore_index=True)
-    one = mean_estimates(list("abcdefgh"), parts[0][1], find_cells(parts[0][0]), 200, 0)
-    four = mean_estimates(list("abcdefgh"), np.concatenate([p[1] for p in parts]), find_cells(rows), 200, 0)
+    rows, right = simulate(np.random.default_rng(1), 1500, 4, 0.04, np.zeros(7), repeats=4)
+    first = (rows["repeat"] == 0).to_numpy()
+    one = mean_estimates(list("abcdefgh"), right[first], find_cells(rows[first]), 200, 0)
+    four = mean_estimates(list("abcdefgh"), right, find_cells(rows), 200, 0)
     assert four.share == pytest.approx(one.share / 4, rel=0.05)
-    assert four.freedom[1] == 4 * one.freedom[1] == 4 * 7 * 3
+    assert (one.freedom[1], four.freedom[1]) == (7 * 3, 7 * 15)  # 4 and 16 trainings of each variant
+    assert four.seen[0] == pytest.approx(0.04, abs=0.01)
+
+
+def test_a_single_split_that_is_repeated_tells_training_noise():
+    """A fifth of the patients held out, five times: each repeat is a training of its own."""
+    rows, right = simulate(np.random.default_rng(2), 3000, 5, 0.04, np.zeros(7), repeats=6)
+    held_out = (rows["fold"] == 0).to_numpy()
+    found = mean_estimates(list("abcdefgh"), right[held_out], find_cells(rows[held_out]), 200, 0)
+    assert found.freedom[1] == 7 * 5
+    assert found.seen[0] == pytest.approx(0.04, abs=0.015)
+    errors = found.errors(found.coefficients([("b", "a")]))
+    assert errors[1] == pytest.approx((2 / 6) ** 0.5 * 0.04, rel=0.4)
+
+
+@pytest.mark.parametrize(("patients", "repeats"), [(52, 1), (300, 2)])
+def test_simulation_may_take_the_limit_of_many_draws(patients, repeats):
+    """The simulation's linearised estimates, and those of 4,000 draws."""
+    rows, right = simulate(np.random.default_rng(0), patients, 3, 0.02, np.zeros(7), repeats=repeats)
+    drawn, limit = (estimates(list("abcdefgh"), rows, right, draws, 0) for draws in (4000, 0))
+    assert limit.patients == pytest.approx(drawn.patients, rel=0.1, abs=1e-5)
+    assert limit.sampling == pytest.approx(drawn.sampling, rel=0.04)
+    assert (limit.share, limit.freedom) == (pytest.approx(drawn.share), drawn.freedom)
+    assert limit.spread == pytest.approx(drawn.spread)
 
 
 # ---------------------------------------- the parts of an error, by hand
@@ -76,6 +107,8 @@ def test_interaction_by_hand():
     crossed = additive + 0.05 * np.array([[[1, -1]], [[-1, 1]]])
     assert interaction(additive) == pytest.approx(0)
     assert interaction(crossed) == pytest.approx(4 * 0.05**2)
+    as_repeats = crossed.transpose(0, 2, 1)  # a single split, repeated
+    assert interaction(as_repeats) == pytest.approx(4 * 0.05**2)
 
 
 def test_training_variance_is_what_patients_leave_of_the_interaction():
@@ -92,7 +125,7 @@ def test_one_fold_or_one_variant_cannot_tell_training_noise(folds, variants):
     table = random_table(30, 2, ALL_VARIANTS[:variants], folds=folds)
     correct, cells = paired_correctness(table)
     found = mean_estimates(list(correct), correct.to_numpy(), cells, 100, 0)
-    assert np.isnan(found.training) and np.isnan(found.seen[0])
+    assert found.training == 0 and np.isnan(found.seen[0])
     if variants > 1:
         contrasts = contrast_table(table, n_draws=100)
         assert contrasts["verdict"].str.contains("for these trained networks alone").all()
@@ -103,9 +136,9 @@ def some_estimates(values, error=0.01, training=0.0) -> Estimates:
     """Return estimates of independent variants with this error each."""
     k = len(values)
     names = tuple(f"v{i}" for i in range(k))
-    seen = (training**0.5, 0.0, 1.0)
+    sampling = training / (1 + CAUTION)
     covariance = error**2 * np.eye(k)
-    return Estimates(names, np.array(values), covariance, training, 2 * training, seen, 0.25, (499, 20))
+    return Estimates(names, np.array(values), covariance, 2 * training, sampling, 0.25, (499, 20))
 
 
 def test_error_adds_both_sources_and_freedom_lies_between_theirs():
@@ -180,7 +213,8 @@ def test_mcnemar_agrees_with_the_binomial_formula():
         [f"P{i}" for i in range(12)],
     )  # 7 for a alone, 2 for b alone
     expected = 2 * sum(comb(9, k) for k in range(3)) / 2**9
-    assert exact_mcnemar(table, "a", "b") == pytest.approx(expected)
+    correct, _ = paired_correctness(table)
+    assert exact_mcnemar(correct["a"], correct["b"]) == pytest.approx(expected)
 
 
 def test_difference_by_hand():
@@ -254,11 +288,20 @@ def test_control_is_a_contrast_of_its_own():
 
 
 def test_pairs_of_a_step_are_shown_one_by_one():
-    pairs = pair_table(random_table(60, 2, ALL_VARIANTS, folds=3), n_draws=200)
+    table = random_table(60, 2, ALL_VARIANTS, folds=3)
+    pairs = pair_table(table, n_draws=200)
     clahe = pairs[pairs["step"] == "CLAHE"]
     assert list(clahe["b"]) == ["1_ROI", "4_ROI+noblank"]
     assert clahe["p_differ"].nunique() == 1 and clahe["p_differ"].between(0, 1).all()
     assert np.isnan(pairs.loc[pairs["b"] == "0_Dicom2PNG", "p_differ"]).all()
+
+
+def test_tables_of_one_estimate_are_those_of_the_predictions():
+    table = random_table(60, 2, ALL_VARIANTS, folds=3)
+    control = table[table["variant"] == ALL_VARIANTS[0]]
+    compared = compare(table, control, n_draws=200)
+    for make in (contrast_table, best_set, pair_table):
+        pd.testing.assert_frame_equal(make(compared), make(table, control, n_draws=200))
 
 
 # ---------------------------------------- verdicts
@@ -314,6 +357,7 @@ def score_of(right: dict[str, int], slices: int = 24, patients: int = 12) -> pd.
         variant: pd.DataFrame({"image": images, "predicted": ["epidural"] * n + ["healthy"] * (slices - n)})
         for variant, n in right.items()
     }
+    found = {variant: table.assign(p_healthy=0.5, p_epidural=0.5) for variant, table in found.items()}
     return score_testing(found, testing, n_draws=300)
 
 

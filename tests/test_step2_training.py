@@ -20,7 +20,6 @@ from step2.training import (
     half_weights,
     is_judged,
     load_checkpoint,
-    loaders_explained,
     log_loss,
     save_checkpoint,
     save_weights,
@@ -32,7 +31,7 @@ CPU = torch.device("cpu")
 
 def make_trainer(part: int = 7) -> Trainer:
     """Return a trainer of a network without batch norm, whose gradients must not depend on the parts."""
-    trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU)
+    trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU, 6)
     torch.manual_seed(0)
     trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6))
     trainer.forward = trainer.network
@@ -97,18 +96,6 @@ def test_memory_that_ends_for_a_single_slice_is_explained():
         train_step(trainer, *some_batch(), 1e-3)
 
 
-@pytest.mark.parametrize("end", ["is killed by signal: Killed. ", "exited unexpectedly"])
-def test_loading_process_that_the_system_kills_is_explained(end):
-    explained = pytest.raises(RuntimeError, match=r"for want of memory: lower workers, processes or")
-    with explained, loaders_explained():
-        raise RuntimeError(f"DataLoader worker (pid(s) 123) {end}")
-
-
-def test_error_of_a_loading_process_stays_as_it_is():
-    with pytest.raises(RuntimeError, match=r"^Caught RuntimeError in"), loaders_explained():
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
-
-
 def test_step_returns_loss_and_share_right():
     trainer, (pictures, labels) = make_trainer(), some_batch()
     trainer.network.eval()  # for what the step sees before it learns
@@ -166,7 +153,7 @@ def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last
         return (compiled, 20.0) if speed.compiled else (channels_last if speed.channels_last else 0.1, 0.0)
 
     monkeypatch.setattr("step2.speed.time_steps", seconds)
-    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "")
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda device: "")
     speed = measure_speed(make_settings(), BASE, steps, CPU)
     assert (speed.channels_last, speed.compiled) == on and speed.part == 8 and speed.precision == "bf16"
     assert [reason.split(":")[0] for reason in speed.reasons] == [
@@ -182,7 +169,7 @@ def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
         return 0.1, 0.0
 
     monkeypatch.setattr("step2.speed.time_steps", seconds)
-    monkeypatch.setattr("step2.speed.why_not_compile", lambda: "no compiler")
+    monkeypatch.setattr("step2.speed.why_not_compile", lambda device: "no compiler")
     assert what_fits(make_settings(), BASE, CPU) == (replace(BASE, part=2), 0.1)
     speed = measure_speed(make_settings(), BASE, 100, CPU)
     assert (speed.part, speed.channels_last) == (2, False)

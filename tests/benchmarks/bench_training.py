@@ -27,7 +27,7 @@ from efficientnet_pytorch import EfficientNet
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from step2.pictures import Batches, Pictures, augment, make_loader, read_png
+from step2.pictures import Pictures, augment, load, read_png, shuffled
 from step2.settings import Settings, read_settings
 from step2.speed import choose_precision, choose_speed, measure_speed, why_not_compile
 from step2.training import Speed, Trainer, train_step
@@ -78,7 +78,7 @@ def notebook_step(args: argparse.Namespace, device: torch.device) -> tuple[Calla
         speed = measure_speed(settings, base, 10_000, device)
     else:
         speed = choose_speed(settings, 10_000, device)
-    trainer = Trainer(settings, speed, 0.1, device)
+    trainer = Trainer(settings, speed, 0.1, device, outputs=6)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
     return (lambda: train_step(trainer, pictures, labels, 1e-6)), speed
@@ -90,7 +90,7 @@ def ways_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, C
     labels = torch.arange(args.batch, device=device) % 6
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     usable = [option for option in OPTIONS if option != "bf16" or bf16]
-    if why := why_not_compile() if device.type == "cuda" else "measured on CUDA only":
+    if why := why_not_compile(device) if device.type == "cuda" else "measured on CUDA only":
         usable.remove("compile")
         print(f"torch.compile is left out: {why}")
 
@@ -169,27 +169,24 @@ def time_stages(args: argparse.Namespace, paths: list[Path], device: torch.devic
 
 
 def time_loader(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Return images/s of the loader: stage by stage, and whole with no worker process and with several."""
+    """Return images/s of the loader: stage by stage, and whole with no thread of its own and with several."""
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         images = write_pictures(Path(folder), args.pictures)
-        ways = {"loader, PNGs, its own process": (0, False), "loader, cached, its own process": (0, True)}
-        if args.workers:
-            ways[f"loader, PNGs, {args.workers} workers"] = (args.workers, False)
+        ways = {"loader, PNGs": (0, False), "loader, in memory": (0, True)}
+        for threads in {args.threads} - {0}:
+            ways |= {f"loader, PNGs, {threads} threads": (threads, False)}
+            ways |= {f"loader, in memory, {threads} threads": (threads, True)}
         for _ in range(args.rounds):
             stages = time_stages(args, [Path(folder) / image for image in images], device)
             for name, rate in stages.items():
                 rates.setdefault(name, []).append(rate)
-            for name, (workers, cached) in ways.items():
+            for name, (threads, cached) in ways.items():
                 pictures = Pictures(Path(folder), images, benchmark_settings(args), 0, cached)
-                batches = Batches(np.arange(len(images)), args.batch, 0)
-                loader = make_loader(pictures, batches, workers)
-                for _ in loader:  # the first epoch starts the workers
-                    pass
+                batches = shuffled(np.arange(len(images)), args.batch, 0, 0)
                 began = time.perf_counter()
-                count = sum(len(batch.to(device)) for batch, _ in loader)
+                count = sum(len(batch.to(device)) for batch, _ in load(pictures, batches, threads))
                 rates.setdefault(name, []).append(count / (time.perf_counter() - began))
-                del loader
     return rates
 
 
@@ -235,9 +232,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--pictures", type=int, default=256, help="that the loader loads (default: %(default)s)"
     )
-    workers = min(os.cpu_count() or 1, 16)
+    threads = min(os.cpu_count() or 1, 16)
     parser.add_argument(
-        "--workers", type=int, default=workers, help="of the loader (default: all cores, here %(default)s)"
+        "--threads", type=int, default=threads, help="of the loader (default: all cores, here %(default)s)"
     )
     args = parser.parse_args()
     main()

@@ -35,8 +35,8 @@ from step2.engine import train_all
 from step2.files import lock_results
 from step2.folds import repeat_folds
 from step2.network import settle_weights
-from step2.report import Report, make_caption
-from step2.runs import average_testing, collect_history, collect_predictions, describe_runs, make_comparison
+from step2.report import Report, describe_runs, make_caption
+from step2.runs import average_testing, collect_history, collect_predictions, make_comparison
 from step2.slices import read_slices
 from step2.variants import choose_variants
 
@@ -51,8 +51,9 @@ def run_notebook(data: Path, results: Path) -> None:
         chosen, slices, initial = choose_variants(None, data), read_slices(data), settle_weights(settings)
         fold_of = repeat_folds(slices.training, settings.folds, settings.repeats, settings.seed)
         comparison = make_comparison(settings, chosen, slices, fold_of, initial)
-        caption = make_caption(settings, slices, fold_of, "", initial.in_words())
-        report = Report(settings.results, caption, slices.patient_level, comparison.identity())
+        report = Report(
+            settings.results, make_caption(comparison, ""), slices.patient_level, comparison.identity()
+        )
         report.write("variants.png", b"a figure that is there before any training")
         train_all(comparison)
         predictions = collect_predictions(comparison)
@@ -69,11 +70,11 @@ def stop_in_second_run(data: Path, results: Path) -> None:
     """Do the same, but end as a kill would after the first epoch of the second run."""
     train_epoch, epochs = training.train_epoch, []
 
-    def stop(trainer, loader, truth, epoch, tell):
+    def stop(trainer, batches, steps, truth, epoch, tell):
         epochs.append(epoch)
         if len(epochs) == 4:
             raise KeyboardInterrupt
-        return train_epoch(trainer, loader, truth, epoch, tell)
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     training.train_epoch = stop
     with contextlib.suppress(KeyboardInterrupt):

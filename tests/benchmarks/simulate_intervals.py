@@ -18,44 +18,96 @@ best, by 2 points; width, of an interval over that of patients alone; SD found, 
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import special
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from step2.estimates import Estimates, find_cells, mean_estimates
-from step2.statistics import best_of, holm
+from step2.best import best_of
+from step2.bootstrap import sum_by_patient
+from step2.estimates import Cells, Estimates, find_cells, interaction, mean_estimates
+from step2.statistics import holm
 
 VARIANTS = 7  # and a control of the first
 OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins have in common
+BEST_DRAWS = 4_000  # of the best set's quantile: fewer than for users, right on average
 
 
 def simulate(
-    rng: np.random.Generator, patients: int, folds: int, sd: float, gains: np.ndarray, unequal: bool = False
+    rng: np.random.Generator,
+    patients: int,
+    folds: int,
+    sd: float,
+    gains: np.ndarray,
+    unequal: bool = False,
+    repeats: int = 1,
+    new_folds: bool = True,
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return rows (patient, image, repeat, fold) and right or wrong, float (rows, variants and control).
+    """Return rows (patient, int, image, repeat, fold) and right or wrong, float (rows, variants and control).
 
-    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy.
+    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy. new_folds: in each repeat.
     """
     codes = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
     n, k = len(codes), VARIANTS + 1
-    own, call = rng.normal(size=(patients, k)), rng.normal(size=(n, k))
-    if unequal:
-        for noise in (own, call):
-            noise[:, 2:4] = np.sqrt(1 - TWINS) * noise[:, 2:4] + np.sqrt(TWINS) * rng.normal(
-                size=(len(noise), 1)
-            )
+    own = own_noise(rng, (patients, k), unequal)
     own[:, -1] = own[:, 0]  # the control sees the first variant's pictures
     score = np.sqrt(0.40) * rng.normal(size=(patients, 1))[codes] + np.sqrt(0.30) * rng.normal(size=(n, 1))
-    score = score + np.sqrt(OWN) * own[codes] + np.sqrt(CALL) * call
-    fold = (rng.permutation(patients) % folds)[codes]
-    shift = sd * rng.normal(size=(folds, k))
-    threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift[fold], 0.02, 0.98))
-    rows = pd.DataFrame({"patient": codes.astype(str), "image": np.arange(n), "repeat": 1, "fold": fold})
-    return rows, (score < threshold).astype(float)
+    score = score + np.sqrt(OWN) * own[codes]
+    tables, right = [], []
+    for repeat in range(repeats):
+        if new_folds or repeat == 0:
+            fold = (rng.permutation(patients) % folds)[codes]
+        shift = sd * rng.normal(size=(folds, k))
+        threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift, 0.02, 0.98))[fold]
+        call = np.sqrt(CALL) * own_noise(rng, (n, k), unequal)
+        right.append((score + call < threshold).astype(float))
+        rows = {"patient": codes, "image": np.arange(n), "repeat": repeat, "fold": fold}
+        tables.append(pd.DataFrame(rows))
+    return pd.concat(tables, ignore_index=True), np.concatenate(right)
+
+
+def own_noise(rng: np.random.Generator, shape: tuple[int, int], unequal: bool) -> np.ndarray:
+    """Return standard normal noise of each variant (second axis), float; unequal: twins share most of theirs."""
+    noise = rng.normal(size=shape)
+    if unequal:
+        shared = rng.normal(size=(len(noise), 1))
+        noise[:, 2:4] = np.sqrt(1 - TWINS) * noise[:, 2:4] + np.sqrt(TWINS) * shared
+    return noise
+
+
+def linearised(names: list[str], right: np.ndarray, cells: Cells) -> Estimates:
+    """Return mean_estimates as of endless bootstrap draws: each patient's influence takes their place.
+
+    For tables where all variants were tested in all cells. (Infinitesimal jackknife; Efron and Tibshirani 1993.)
+    """
+    n, k, places = cells.patients, len(names), cells.shape[0] * cells.shape[1]
+    values, where = right.mean(0), cells.codes * places + cells.cell
+    moved = sum_by_patient(right - values, cells.codes) / len(right)
+    covariance = moved.T @ moved * n / (n - 1)
+    counts = np.bincount(cells.cell, minlength=places)
+    means = sum_by_patient(right, cells.cell) / counts[:, None]
+    influence = sum_by_patient((right - means[cells.cell]) / counts[cells.cell, None], where, n * places)
+    influence = influence.reshape(n, *cells.shape, k).transpose(0, 3, 1, 2)
+    freedom = (k - 1) * (places - 1)
+    of_fold = n / cells.shape[1]
+    sampling = interaction(influence).sum() * of_fold / (of_fold - 1) / freedom
+    spread = interaction(means.T.reshape(k, *cells.shape)) / freedom
+    share = float(((counts / len(right)) ** 2).sum())
+    return Estimates(
+        tuple(names), values, covariance, float(spread), float(sampling), share, (n - 1, freedom)
+    )
+
+
+def estimates(names: list[str], rows: pd.DataFrame, right: np.ndarray, draws: int, seed: int) -> Estimates:
+    """Return mean_estimates of so many bootstrap draws, or linearised with 0."""
+    if draws:
+        return mean_estimates(names, right, find_cells(rows), draws, seed)
+    patient, repeat, fold = rows[["patient", "repeat", "fold"]].to_numpy().T
+    shape = (int(repeat.max()) + 1, int(fold.max()) + 1)
+    return linearised(names, right, Cells(patient, repeat * shape[1] + fold, shape))
 
 
 def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
@@ -64,11 +116,17 @@ def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
     return against, found.contrast(found.coefficients([(names[2], names[3])]))
 
 
+def patients_alone(row: dict, freedom: int) -> dict[str, float]:
+    """Return p and the interval's width of a contrast, had it no error but that of the patients."""
+    p = 2 * special.stdtr(freedom, -abs(row["difference"]) / row["patient_error"])
+    return {"p_value": p, "width": 2 * special.stdtrit(freedom, 0.975) * row["patient_error"]}
+
+
 def one_setting(
-    patients: int, folds: int, sd: float, tables: int, draws: int, unequal: bool
+    patients: int, folds: int, sd: float, tables: int, draws: int, unequal: bool, seed: int = 0
 ) -> dict[str, float]:
     """Return what the docstring lists, for one setting, as a dict."""
-    rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal])
+    rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal, seed])
     names = [f"v{i}" for i in range(VARIANTS)]
     known: dict[str, list] = {key: [] for key in (
         "one", "alone", "twins", "family", "family alone", "covered", "best", "width", "sd")}  # fmt: skip
@@ -76,29 +134,30 @@ def one_setting(
         gain = 0.05 * (number % 2)  # every second table has a true difference
         gains = np.r_[0, np.full(VARIANTS - 1, gain)]
         rows, right = simulate(rng, patients, folds, sd, gains, unequal)
-        cells = find_cells(rows)
-        found = mean_estimates([*names, "control"], right, cells, draws, int(rng.integers(2**31)))
+        found = estimates([*names, "control"], rows, right, draws, number)
         both, twins = contrasts(found, names)
-        alone, _ = contrasts(replace(found, training=0.0, freedom=(found.freedom[0], 10**6)), names)
-        known["width"] += [b["error"] for b in both], [a["error"] for a in alone]
-        known["sd"].append(found.seen[0] ** 2)
+        alone = [patients_alone(row, found.freedom[0]) for row in both]
+        known["width"] += [
+            (row["ci_high"] - row["ci_low"], other["width"]) for row, other in zip(both, alone, strict=True)
+        ]
+        known["sd"].append(found.spread - found.sampling)
         known["twins"].append(twins["p_value"] < 0.05)
         if gain:
             known["covered"] += [row["ci_low"] <= gain <= row["ci_high"] for row in both]
             rise = 0.02 * (np.arange(VARIANTS) == 4)  # one is truly the best, by little
             better = simulate(rng, patients, folds, sd, rise, unequal)
-            guess = mean_estimates([*names, "control"], better[1], find_cells(better[0]), draws, number)
-            best = best_of(guess, names).set_index("variant")
+            guess = estimates([*names, "control"], *better, draws, number)
+            best = best_of(guess, names, number, BEST_DRAWS).set_index("variant")
             known["best"].append(best.loc["v4", "in_best_set"])
             continue
         for key, several in (("one", both), ("alone", alone)):
             p = pd.Series([row["p_value"] for row in several])
             known[key] += list(p < 0.05)
             known["family" if key == "one" else "family alone"].append((holm(p) <= 0.05).any())
-    width = np.array(known.pop("width"))
-    spread = np.sqrt(np.mean(known.pop("sd")))
+    width = np.mean(known.pop("width"), axis=0)
+    spread = np.sqrt(max(np.mean(known.pop("sd")), 0))
     shares = {key: 100 * float(np.mean(values)) for key, values in known.items()}
-    return shares | {"width": float(width[::2].mean() / width[1::2].mean()), "sd": 100 * float(spread)}
+    return shares | {"width": float(width[0] / width[1]), "sd": 100 * float(spread)}
 
 
 def main() -> None:
@@ -107,17 +166,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tables", type=int, default=2000, help="a setting; half have a true difference")
-    parser.add_argument("--draws", type=int, default=500, help="bootstrap draws a table")
+    parser.add_argument("--draws", type=int, default=0, help="bootstrap draws a table; 0: their limit")
     parser.add_argument("--patients", type=int, nargs="+", default=[52, 500, 3000])
     parser.add_argument("--folds", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--sd", type=float, nargs="+", default=[0, 0.5, 1, 2], help="of a training, points")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
     args = parser.parse_args()
     print("patients folds SD | one  alone twins family alone | covered best | width SD found", flush=True)
     for patients in args.patients:
         for folds in args.folds:
             for sd in args.sd:
-                r = one_setting(patients, folds, sd / 100, args.tables, args.draws, args.unequal)
+                r = one_setting(patients, folds, sd / 100, args.tables, args.draws, args.unequal, args.seed)
                 print(
                     f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
                     f"{r['family']:6.1f} {r['family alone']:5.1f} | {r['covered']:7.1f} {r['best']:4.1f} | "

@@ -1,0 +1,72 @@
+"""Which variants can't be told from the best: Hsu's multiple comparisons with the best (1984), of some estimates."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from step2.bootstrap import ALPHA, MIN_PATIENTS
+from step2.estimates import Estimates
+
+BEST_DRAWS = 20_000  # of the largest of several t
+
+
+def best_of(
+    found: Estimates, variants: Sequence[str], seed: int = 0, draws: int = BEST_DRAWS
+) -> pd.DataFrame:
+    """Return best_set's table of some estimates. variants: those that compete, without a control."""
+    k = len(variants)
+    apart, reach = np.full((k, k), -np.inf), np.full((k, k), np.nan)
+    for i, one in enumerate(variants):
+        others = [j for j in range(k) if j != i]
+        pairs = np.array([found.coefficients([(one, variants[j])]) for j in others])
+        if len(others):
+            reach[i, others] = simultaneous_reach(found, pairs, seed, draws)
+            apart[i, others] = pairs @ found.values
+    np.fill_diagonal(apart, np.inf)
+    upper = np.min(np.where(np.eye(k, dtype=bool), np.inf, apart + reach), axis=1)
+    best = np.isnan(upper) | (upper > 0)
+    rows = []
+    for i, one in enumerate(variants):
+        rivals = [j for j in np.flatnonzero(best) if j != i]
+        lower = 0.0 if not rivals else float(np.min([apart[i, j] - reach[j, i] for j in rivals]))
+        other = int(np.argmin(apart[i]))
+        value = {
+            "variant": one,
+            "accuracy": found.values[found.names.index(one)],
+            "in_best_set": bool(best[i]),
+        }
+        value |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
+        rows.append(value | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
+    table = pd.DataFrame(rows)
+    if k == 1:
+        table[["difference", "ci_low", "ci_high"]] = np.nan
+    return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
+
+
+def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int, draws: int) -> np.ndarray:
+    """Return how far each difference may lie below what was seen, all at once in 95 %, float (pairs,).
+
+    Dunnett's one-sided quantile for these errors and correlations, by simulation. pairs: coefficients.
+    """
+    if found.freedom[0] + 1 < MIN_PATIENTS:
+        return np.full(len(pairs), np.nan)
+    errors = np.array([found.errors(pair) for pair in pairs])
+    known = np.isfinite(errors[:, 0])  # not where two variants are right on the very same slices
+    reach = np.full(len(pairs), 1e-9)
+    if known.any():
+        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed, draws)
+    return reach
+
+
+def _dunnett_reach(
+    found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int, draws: int
+) -> np.ndarray:
+    """Return simultaneous_reach where every difference has an error."""
+    both = np.hypot(errors[:, 0], errors[:, 1])
+    luck = found.training * found.share
+    covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
+    rng, freedom = np.random.default_rng(seed), errors[:, 2].min()
+    root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
+    largest = (root @ rng.normal(size=(len(pairs), draws))).max(0)
+    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, draws) / freedom), 1 - ALPHA)

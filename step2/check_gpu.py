@@ -1,0 +1,235 @@
+"""Check what only a CUDA GPU can show: one line each, with the figure that it was judged by. Five minutes.
+
+    python -m step2.check_gpu
+
+Exit status: 0 all well, 1 something is not. The same checks run on a CPU in the tests, as far as a CPU can.
+"""
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import _dynamo as dynamo
+
+from step2.engine import local_cluster
+from step2.network import build_network
+from step2.plan import Pace, measure_pace
+from step2.settings import Settings, read_settings
+from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
+from step2.training import Speed, Trainer, load_checkpoint, release_memory, save_checkpoint, train_step
+
+Verdict = tuple[bool, str]
+PLAIN = Speed("no", False, False, False, 16, ())
+CLOSE = 1e-3  # part of the weights' size, between two ways to compute the same steps
+
+
+def small(**given: object) -> Settings:
+    """Return settings of a network that a step of takes no time."""
+    tiny = {"profile": "quick", "image_size": 64, "batch_size": 16, "weights": "none", "processes": 1}
+    return read_settings(tiny | given)
+
+
+def some_batch(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of noise, uint8, with labels."""
+    size, generator = settings.image_size, torch.Generator().manual_seed(1)
+    shape = (settings.batch_size, 1, size, size)
+    pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    return pictures, torch.arange(settings.batch_size) % OUTPUTS
+
+
+def trained(device: torch.device, speed: Speed = PLAIN, steps: int = 3) -> tuple[Trainer, list[float]]:
+    """Return a small network after some steps on a device, and the losses; the same start each time."""
+    settings = small()
+    torch.manual_seed(0)
+    network = build_network(settings, 0.1, OUTPUTS)
+    trainer = Trainer(settings, speed, 0.1, device, OUTPUTS)
+    trainer.network.load_state_dict(network.state_dict())
+    for layer in trainer.network.modules():  # its draws differ between devices
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    batch = some_batch(settings)
+    return trainer, [float(train_step(trainer, *batch, 1e-3)[0]) for _ in range(steps)]
+
+
+def difference(a: Trainer, b: Trainer) -> float:
+    """Return how far two networks' weights are apart, as part of their size."""
+    one, other = (
+        torch.cat([w.detach().double().cpu().flatten() for w in t.network.parameters()]) for t in (a, b)
+    )
+    return float((one - other).norm() / one.norm())
+
+
+def as_close(a: Trainer, b: Trainer, allowed: float = CLOSE) -> Verdict:
+    """Judge how far two networks' weights are apart."""
+    apart = difference(a, b)
+    return apart <= allowed, f"weights {apart:.1e} apart after 3 steps (allowed {allowed:.0e})"
+
+
+# ---------------------------------------- the checks
+
+
+def check_device_and_cpu(device: torch.device) -> Verdict:
+    """The same steps on the CPU, in fp32."""
+    return as_close(trained(torch.device("cpu"))[0], trained(device)[0], 1e-2)
+
+
+def check_repeats(device: torch.device) -> Verdict:
+    """The same steps twice: sums in another order are all that may differ."""
+    return as_close(trained(device)[0], trained(device)[0])
+
+
+def check_channels_last(device: torch.device) -> Verdict:
+    """channels_last computes the same."""
+    return as_close(trained(device)[0], trained(device, replace(PLAIN, channels_last=True))[0], 1e-2)
+
+
+def check_fused(device: torch.device) -> Verdict:
+    """The fused optimizer computes the same."""
+    return as_close(trained(device)[0], trained(device, replace(PLAIN, fused=True))[0])
+
+
+def check_half(device: torch.device, precision: str) -> Verdict:
+    """Half precision learns: the loss falls as it does in fp32, and fp16's scaler drops no step at the end."""
+    (_, exact), (trainer, losses) = (
+        trained(device, steps=12),
+        trained(device, replace(PLAIN, precision=precision), 12),
+    )
+    apart = abs(losses[-1] - exact[-1]) / exact[0]
+    scale = f", loss scale {trainer.scaler.get_scale():.0f}" if trainer.scaler.is_enabled() else ""
+    fine = apart < 0.1 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    return fine, f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, fp32 {exact[0]:.2f} -> {exact[-1]:.2f}{scale}"
+
+
+def check_compile(device: torch.device) -> Verdict:
+    """torch.compile takes the network whole and computes the same."""
+    if why := why_not_compile(device):
+        return True, f"not used: {why}"
+    settings = small()
+    pictures = torch.rand(16, 3, 64, 64, device=device)
+    found = dynamo.explain(build_network(settings, 0.1, OUTPUTS).to(device))(pictures)
+    began = time.perf_counter()
+    compiled, _ = trained(device, replace(PLAIN, compiled=True))
+    fine, says = as_close(trained(device)[0], compiled, 1e-2)
+    breaks = found.graph_break_count
+    return fine and not breaks, f"{breaks} graph breaks, {says}, {time.perf_counter() - began:.0f} s"
+
+
+def check_memory_that_ends(device: torch.device) -> Verdict:
+    """A batch that doesn't fit is taken in parts, whose gradients add up."""
+    settings = read_settings({"profile": "medium", "weights": "none", "batch_size": 64, "processes": 1})
+    trainer = Trainer(settings, replace(usual_speed(settings, device), part=64), 0.1, device, OUTPUTS)
+    held = torch.cuda.memory_reserved(device)
+    room = (held + 2.5e9) / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(room, 1.0), device)
+    try:
+        loss = float(train_step(trainer, *some_batch(settings), 1e-4)[0])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    fine = trainer.part < 64 and math.isfinite(loss)
+    return fine, f"64 slices in {held / 1e9 + 2.5:.1f} GB: {trainer.part} at a time, loss {loss:.2f}"
+
+
+def check_checkpoint(device: torch.device) -> Verdict:
+    """A checkpoint goes on as if nothing had happened, also computed in another way than it was written."""
+    settings, batch = small(), some_batch(small())
+    ways = [PLAIN, replace(PLAIN, channels_last=True, fused=True)]
+    trainer, _ = trained(device, ways[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        save_checkpoint(path, trainer, [{"epoch": 1}])
+        drawn = float(torch.rand(1, device=device))
+        train_step(trainer, *batch, 1e-3)
+        apart = []
+        for way in ways:
+            other = Trainer(settings, way, 0.1, device, OUTPUTS)
+            for layer in other.network.modules():
+                if isinstance(layer, torch.nn.Dropout):
+                    layer.p = 0.0
+            assert len(load_checkpoint(path, other)) == 1
+            same_chance = float(torch.rand(1, device=device)) == drawn
+            train_step(other, *batch, 1e-3)
+            apart.append(difference(trainer, other))
+    says = f"weights {apart[0]:.1e} apart a step later, {apart[1]:.1e} with other levers; same random numbers"
+    return max(apart) < 1e-2 and same_chance, says if same_chance else says.replace("same", "OTHER")
+
+
+def check_worker(device: torch.device) -> Verdict:
+    """A worker process sees one GPU, and trains on it."""
+    settings = small(processes=1)
+    began = time.perf_counter()
+    with local_cluster(settings, 1) as client:
+        kind, loss = client.submit(_train_in_worker, pure=False).result(timeout=120)
+    return kind == device.type and math.isfinite(
+        loss
+    ), f"{kind}, loss {loss:.2f}, {time.perf_counter() - began:.0f} s"
+
+
+def _train_in_worker() -> tuple[str, float]:
+    device = find_device()
+    return device.type, trained(device)[1][-1]
+
+
+def check_profile(device: torch.device, profile: str) -> Verdict:
+    """A profile's step at its real size: does it fit, how fast is it, and does it wait for pictures?"""
+    settings = read_settings(
+        {"profile": profile, "weights": "none", "processes": 1}, gpus=torch.cuda.device_count()
+    )
+    pace: Pace = measure_pace(settings)
+    fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
+    says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
+    return pace.load < pace.train, says
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    """Yield each check's name and what does it."""
+    yield "as on the CPU", lambda: check_device_and_cpu(device)
+    yield "repeats", lambda: check_repeats(device)
+    yield "channels_last", lambda: check_channels_last(device)
+    yield "fused optimizer", lambda: check_fused(device)
+    for precision in ("bf16", "fp16"):
+        yield precision, lambda precision=precision: check_half(device, precision)  # type: ignore[misc]
+    yield "torch.compile", lambda: check_compile(device)
+    yield "memory that ends", lambda: check_memory_that_ends(device)
+    yield "checkpoint", lambda: check_checkpoint(device)
+    yield "worker process", lambda: check_worker(device)
+    for profile in ("quick", "medium", "full"):
+        yield f"profile {profile}", lambda profile=profile: check_profile(device, profile)  # type: ignore[misc]
+
+
+def main() -> int:
+    """Run all checks, print a line each, and return the exit status."""
+    device = find_device()
+    if device.type != "cuda":
+        print("there is no CUDA GPU here: nothing was checked")
+        return 1
+    card = torch.cuda.get_device_properties(device)
+    print(
+        f"{card.name}, {card.total_memory / 1e9:.0f} GB, PyTorch {torch.__version__}, CUDA {torch.version.cuda}"
+    )
+    prepare_process(small(), device)
+    torch.set_float32_matmul_precision("highest")  # fp32 is meant where a check says so
+    torch.backends.cudnn.allow_tf32 = False
+    failed = 0
+    for name, check in checks(device):
+        began = time.perf_counter()
+        try:
+            fine, says = check()
+        except Exception as err:  # noqa: BLE001  # whatever it is, the other checks are worth their lines
+            fine, says = False, f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
+        release_memory(device)
+        failed += not fine
+        print(
+            f"{'ok' if fine else 'FAILED':8}{name:18}{says}  [{time.perf_counter() - began:.1f} s]",
+            flush=True,
+        )
+    print("all well" if not failed else f"{failed} checks failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

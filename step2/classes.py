@@ -1,0 +1,50 @@
+"""The classes, as the data have them: RSNA's six first and in their order, others after them by name.
+
+They are the labels of the training slices. A table of predictions says by its columns p_<class> which they were.
+"""
+
+import textwrap
+from collections.abc import Iterable
+
+import pandas as pd
+
+from Step1_Image_Preprocessing import CLASSES
+
+__all__ = [
+    "CLASSES",
+    "HEALTHY",
+    "classes_of",
+    "order_classes",
+    "probability_columns",
+    "short_names",
+    "wrapped",
+]
+
+HEALTHY = CLASSES[0]  # where it is among the classes, all others together are any hemorrhage
+SHORT = dict(zip(CLASSES, ("healthy", "IPH", "IVH", "SAH", "SDH", "EDH"), strict=True))  # as the field says
+
+
+def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return each of these labels once, in the order of the networks' outputs."""
+    there = set(labels)
+    return (*(name for name in CLASSES if name in there), *sorted(there - set(CLASSES)))
+
+
+def probability_columns(classes: Iterable[str]) -> list[str]:
+    """Return the names of the columns that hold the probabilities of these classes."""
+    return [f"p_{name}" for name in classes]
+
+
+def classes_of(predictions: pd.DataFrame) -> tuple[str, ...]:
+    """Return the classes that a table of predictions is about, in the order of its columns p_<class>."""
+    return tuple(name.removeprefix("p_") for name in predictions.columns if name.startswith("p_"))
+
+
+def short_names(classes: Iterable[str]) -> list[str]:
+    """Return the field's abbreviations of RSNA's six, and other names on lines of 14 letters."""
+    return [SHORT.get(name, wrapped(name, 14)) for name in classes]
+
+
+def wrapped(name: str, letters: int) -> str:
+    """Return a name on lines of so many letters at most, which end at a space, hyphen or _ where they can."""
+    return textwrap.fill(name.replace("_", "_ "), letters).replace("_ ", "_")

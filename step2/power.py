@@ -1,0 +1,93 @@
+"""Which difference a comparison would find: from its error after training, or from a plan before it.
+
+The plan speaks the language of estimates.py: a contrast's variance is that of the patients plus that of the
+trainings, of which only an estimate will be known, so that the test is a t test with few degrees of freedom.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER
+from step2.estimates import cautious, satterthwaite
+
+QUANTILES = 60  # of a chi-squared variable, in its place; 200 move no result by 0.01 points
+
+
+def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
+    """Return the smallest true difference found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
+    return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
+
+
+def detectable_table(
+    patients: Sequence[int],
+    folds: Sequence[int] = (5,),
+    repeats: Sequence[int] = (1,),
+    training_sd: Sequence[float] = (0.0, 1.0, 2.0),
+    **assumed: Any,
+) -> pd.DataFrame:
+    """Return detectable_points of each combination, DataFrame (patients, folds, repeats, training_sd, detectable).
+
+    assumed: the other arguments of detectable_points.
+    """
+    rows = []
+    for n, k, r, sd in product(patients, folds, repeats, training_sd):
+        points = detectable_points(n, folds=k, repeats=r, training_sd=sd, **assumed)
+        rows.append({"patients": n, "folds": k, "repeats": r, "training_sd": sd, "detectable": points})
+    return pd.DataFrame(rows)
+
+
+def detectable_points(
+    patients: int,
+    slices: float = 1.0,
+    folds: int = 5,
+    repeats: int = 1,
+    variants: int = 7,
+    disagreement: float = 0.2,
+    correlation: float = 0.3,
+    training_sd: float = 1.0,
+    aa_disagreement: float = 0.0,
+    control: bool = True,
+) -> float:
+    """Return the true difference, points of accuracy, that a comparison with the baseline finds in 80 %.
+
+    Before any training, so by assumptions. slices: of a patient, mean (of unequal numbers, rather the mean of
+    their squares over their mean). disagreement: share of slices on which exactly one of two variants is right.
+    correlation: of such differences between slices of one patient. training_sd: of one training's accuracy, in
+    points, beyond what the choice of slices explains. aa_disagreement: that of two trainings of one variant, the
+    part of disagreement that repeats average out; 0 promises least of them. control: an A/A control helps to
+    know the training noise. NaN for fewer than 10 patients. One training of a variant can't show training noise:
+    with one fold and no repeats the difference is one between these trained networks, and training_sd is not used.
+
+    For the test that contrast_table makes, at ALPHA / (variants - 1) as in Holm's first step: its error is a
+    chance variable too, and the power is the mean over its distribution.
+    """
+    if patients < MIN_PATIENTS or variants < 2:
+        return np.nan
+    freedom = (patients - 1, (variants + control - 1) * (folds * repeats - 1))
+    luck = 2 * (training_sd / 100) ** 2 / (folds * repeats) if folds * repeats > 1 else 0.0
+    grouping = (1 + (slices - 1) * correlation) / (patients * slices)
+    middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    known = stats.chi2.ppf(middles, freedom[0])[:, None] / freedom[0]
+    seen = stats.chi2.ppf(middles, freedom[1])[None] / freedom[1] if freedom[1] else np.zeros((1, 1))
+
+    def power(difference: float) -> float:
+        # exactly one is right on at least as many slices as the accuracies differ by
+        of_slice = max(disagreement, difference) - difference**2
+        noise = min(aa_disagreement, of_slice)
+        once = of_slice * grouping
+        sampling = (of_slice - noise + noise / repeats) * grouping
+        spread = seen * (luck + once / repeats)
+        luck_found = cautious(spread, once / repeats) if freedom[1] else np.zeros((1, 1))
+        degrees = satterthwaite(sampling * known, luck_found, spread, freedom)
+        critical = stats.t.ppf(1 - ALPHA / (variants - 1) / 2, degrees)
+        reach = critical * np.sqrt(sampling * known + luck_found)
+        return float(stats.norm.cdf((difference - reach) / np.sqrt(sampling + luck)).mean())
+
+    if power(1 - 1e-6) < POWER:
+        return np.nan
+    return 100 * float(optimize.brentq(lambda d: power(d) - POWER, 0, 1 - 1e-6, xtol=1e-6))

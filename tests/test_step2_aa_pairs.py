@@ -1,0 +1,69 @@
+"""tests/benchmarks/aa_pairs.py on simulated trainings, whose noise is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from aa_pairs import check_seeds, pair_rows, read_seed, report, rms, rms_interval
+from simulate_intervals import simulate
+
+
+def write_seeds(
+    folder: Path, seeds: int, patients: int, sd: float, new_folds: bool = True, luck: int = 0
+) -> list[Path]:
+    """Write the predictions of simulated trainings of three variants, a folder a seed, and return the folders."""
+    rng = np.random.default_rng(luck)
+    rows, right = simulate(rng, patients, 3, sd, np.zeros(7), repeats=seeds, new_folds=new_folds)
+    paths = []
+    for seed in range(seeds):
+        inside = (rows["repeat"] == seed).to_numpy()
+        where = rows[inside].assign(repeat=1, label="epidural")
+        tables = [
+            where.assign(variant=f"v{v}", predicted=np.where(right[inside, v] == 1, "epidural", "healthy"))
+            for v in range(3)
+        ]
+        paths.append(folder / f"seed{seed}")
+        paths[-1].mkdir(parents=True)
+        pd.concat(tables).to_csv(paths[-1] / "oof.csv", index=False)
+    return paths
+
+
+@pytest.mark.parametrize("new_folds", [False, True])
+def test_errors_and_training_noise_of_simulated_trainings_are_right(tmp_path, new_folds):
+    parts = []
+    for luck in range(4):  # patients of their own in each, 4 disjoint pairs of seeds
+        tables = [read_seed(p) for p in write_seeds(tmp_path / str(luck), 8, 400, 0.03, new_folds, luck)]
+        check_seeds(tables)
+        parts.append(pair_rows(tables, draws=100, disjoint=True))
+    pairs = pd.concat(parts)
+    assert len(pairs) == 4 * 4 * 3
+    assert rms(pairs["z"]) == pytest.approx(1, abs=0.25)
+    assert np.sqrt(pairs["excess"].mean()) == pytest.approx(0.03, abs=0.006)
+    assert (pairs["p_value"] < 0.05).mean() < 0.13
+
+
+def test_report_counts_disjoint_pairs_only(tmp_path):
+    tables = [read_seed(p) for p in write_seeds(tmp_path, 5, 30, 0.0)]
+    pairs = pair_rows(tables, draws=100)
+    assert len(pairs) == 10 * 3 and pairs["disjoint"].sum() == 2 * 3
+    said = report(tables, pairs)
+    assert said[0].startswith("5 seeds of 3 variants, ")
+    assert any(line.startswith("6 disjoint pairs: z RMS") for line in said)
+
+
+def test_interval_of_a_root_mean_square_holds_the_truth():
+    rng = np.random.default_rng(0)
+    ends = np.array([rms_interval(pd.Series(rng.normal(size=12))) for _ in range(2000)])
+    assert ((ends[:, 0] < 1) & (ends[:, 1] > 1)).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_other_patients_or_no_table_are_refused(tmp_path):
+    one = write_seeds(tmp_path / "a", 2, 20, 0.0)
+    other = write_seeds(tmp_path / "b", 1, 20, 0.0, luck=1)
+    with pytest.raises(SystemExit, match="folder 2 has other"):
+        check_seeds([read_seed(one[0]), read_seed(other[0])])
+    with pytest.raises(SystemExit, match="at least two"):
+        check_seeds([read_seed(one[0])])
+    with pytest.raises(SystemExit, match="0 tables"):
+        read_seed(tmp_path)

@@ -1,0 +1,37 @@
+"""The sentences under figures: computed from what is drawn."""
+
+import pandas as pd
+from step2_helpers import ALL_VARIANTS, prediction_table, random_table
+
+from step2.metrics import worst_mistakes
+from step2.statistics import contrast_table
+from step2.summary import headline, say_costs, say_mistakes, say_reliability
+
+
+def test_answer_says_on_which_patients_networks_were_trained():
+    table = random_table(30, 2, ALL_VARIANTS[:2], folds=2)
+    assert "trained on these patients" in headline(contrast_table(table, n_draws=60))
+
+
+def test_reliability_says_how_far_confidence_is_off():
+    """All slices right, and none, at a confidence of 0.5."""
+    labels = ["epidural"] * 4
+    wrong = ["healthy"] * 4
+    table = prediction_table({"a": labels, "b": wrong}, labels, ["P"] * 4)
+    assert (
+        say_reliability(table, ["a", "b"])
+        == "On average a is 50.0 points too modest; b is 50.0 points too sure."
+    )
+
+
+def test_costs_name_the_cheapest_and_the_dearest():
+    costs = pd.DataFrame({"PNG, kB a slice": [3.0, 50.2, 7.0]}, index=["a", "b", "c"])
+    assert say_costs(costs) == "PNG, kB a slice: 3 (a) to 50.2 (b)"
+
+
+def test_mistakes_name_the_most_frequent_confusion():
+    labels = ["epidural", "epidural", "subdural"]
+    table = prediction_table({"a": ["healthy", "healthy", "epidural"]}, labels, ["P", "Q", "R"])
+    said = say_mistakes(worst_mistakes(table, 12))
+    assert said == "Said with 50 to 50 % confidence; most often epidural called healthy, 2 of 3."
+    assert say_mistakes(worst_mistakes(table, 0)) == "No slice was mistaken by any variant."
