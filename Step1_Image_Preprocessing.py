@@ -117,9 +117,7 @@ BONE_MIN_FRACTION = 0.0025  # of the head: smaller islands are calcified plexus 
 
 CLAHE_CLIP = 5.0
 CLAHE_TILES = (8, 8)
-BILATERAL_DIAMETER = 20  # px
-BILATERAL_SIGMA_COLOR = 50  # grey levels
-BILATERAL_SIGMA_SPACE = 50  # px
+BILATERAL = (20, 50, 50)  # diameter in px, sigma of colour in grey levels, sigma of space in px
 BILATERAL_STRIP = 16  # rows filtered in one go; fewer follow the head's outline closer, more cost fewer calls
 
 MAX_SIDE = 4000  # pixels; no CT slice has more, a header that claims more would only eat memory
@@ -558,12 +556,8 @@ def filter_strips(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
     for top in range(0, len(mask), BILATERAL_STRIP):
         x, y, w, h = cv2.boundingRect(mask[top : top + BILATERAL_STRIP])
         if w:
-            filtered[top + y : top + y + h, x : x + w] = cv2.bilateralFilter(
-                cv2.UMat(whole, (x, top + y, w, h)),
-                BILATERAL_DIAMETER,
-                BILATERAL_SIGMA_COLOR,
-                BILATERAL_SIGMA_SPACE,
-            ).get()
+            strip = cv2.UMat(whole, (x, top + y, w, h))
+            filtered[top + y : top + y + h, x : x + w] = cv2.bilateralFilter(strip, *BILATERAL).get()
     return filtered
 
 
@@ -589,10 +583,8 @@ def check_variants() -> None:
         steps = single_steps(bundled)
         for place, step in enumerate(steps):
             if step not in STEPS:
-                known = ", ".join((*BUNDLES, *STEPS))
-                raise UsageError(
-                    f"variant {variant}: no step {step!r}: choose of {known}, or add it to STEPS"
-                )
+                known = f"choose of {', '.join((*BUNDLES, *STEPS))}, or add it to STEPS"
+                raise UsageError(f"variant {variant}: no step {step!r}: {known}")
             lost = {"clahe", "bilateral"}.intersection(steps[:place])
             if step in ("window", "windows") and lost:
                 remedy = f"{min(lost)} before it is lost: put {step} first"
@@ -1067,22 +1059,18 @@ def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
 
 # ---------------------------------------- many files: processes here, or a Dask cluster
 
-Outcome = tuple[Task, dict]
+Outcomes = Iterator[tuple[Task, dict]]  # a task with its manifest fields
 CRASHED = "its decoder crashed, hung or took too much memory: damaged, export it again, uncompressed"
 
 
 def bounded(
-    submit: Callable[[Task], Future],
-    tasks: Iterable[Task],
-    ahead: int,
-    waiting: dict[Future, Task],
-    crash: type[Exception],
-    alive: Callable[[], bool] = lambda: True,
-) -> Iterator[Outcome]:
+    submit: Callable, tasks: Iterable, ahead: int, waiting: dict, crash, alive=lambda: True
+) -> Outcomes:
     """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields.
 
-    waiting: empty; holds what has no result yet, should an exception end this.  crash: what a future raises
-    whose process died, which costs its own file.  alive: whether somebody works; BrokenExecutor if not for long.
+    submit: Task -> Future.  waiting: {Future: Task}, empty; holds what has no result yet, should an exception
+    end this.  crash: exception of a future whose process died, which costs its own file.  alive: () -> whether
+    somebody works; BrokenExecutor if not for long.
     """
     tasks, seen = iter(tasks), time.monotonic()
     while True:
@@ -1130,9 +1118,7 @@ class SpawnWithLastingLocks(SpawnContext):
         return self.locks[-1]
 
 
-def in_processes(
-    tasks: Iterable[Task], settings: Settings, jobs: int, starts=POOL_STARTS
-) -> Iterator[Outcome]:
+def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int, starts=POOL_STARTS) -> Outcomes:
     """Run tasks in processes of this machine; one that dies is replaced.
 
     The pool itself breaks when processes are killed between two tasks, as the system does when memory ends;
@@ -1164,7 +1150,7 @@ def in_processes(
     yield from in_processes(chain(waiting.values(), tasks), settings, jobs, starts - 1)
 
 
-def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Iterator[Outcome]:
+def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Outcomes:
     """Run tasks on a Dask cluster that sees the same file system; a worker that dies loses nothing."""
     import cloudpickle  # here, as these take a second to import
     from distributed import Client
@@ -1227,9 +1213,9 @@ def read_patient_key(output: Path) -> bytes:
 
 def run_identity(settings: Settings) -> str:
     """Return a hash of all that PNGs and rows depend on besides the input: this code, settings, libraries."""
-    versions = (settings.roi_window, cv2.__version__, np.__version__, pydicom.__version__)
-    parts = (Path(__file__).read_bytes(), repr(versions).encode(), settings.patient_key)
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    versions = cv2.__version__, np.__version__, pydicom.__version__
+    parts = Path(__file__).read_bytes(), settings.roi_window, settings.patient_key, versions
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> int:
@@ -1483,8 +1469,8 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
                 entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
                 paths = (Path(entry.path) for entry in entries if entry.is_file())
                 return top / "stage_2_train.csv", {path.stem: path for path in paths}
-    lacking = f"{rsna} has no stage_2_train.csv beside stage_2_train_images/"
-    raise UsageError(f"{lacking}: unpack the download there")
+    beside = "no stage_2_train.csv beside stage_2_train_images/"
+    raise UsageError(f"{rsna} has {beside}: unpack the download there")
 
 
 def read_rsna_labels(path: Path, files: set[str], by: str):
@@ -1497,11 +1483,10 @@ def read_rsna_labels(path: Path, files: set[str], by: str):
     import pandas as pd  # here, as the worker processes need not wait for it
 
     try:
-        rows = pd.read_csv(path, dtype=str)
-    except (UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
-        raise UsageError(f"{path} can't be read ({one_line(err)}): unpack the download again") from err
-    if not {"ID", "Label"} <= set(rows.columns):
-        raise UsageError(f"{path} needs the columns ID and Label, it has {list(rows.columns)}")
+        rows = pd.read_csv(path, dtype=str, usecols=["ID", "Label"])
+    except ValueError as err:  # of encoding, columns or their number
+        wrong = f"{path} is no table with ID and Label ({one_line(err)})"
+        raise UsageError(f"{wrong}: unpack the download again") from err
     rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
     no_number = int(rows["Label"].isna().sum())
     repeated = int(rows.duplicated(["ID", "Label"]).sum())
@@ -1659,19 +1644,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's settings; usage errors end the program with status 2."""
     from dask.system import CPU_COUNT  # a container's limit counts; here, as worker processes need not wait
 
-    here = Path(__file__).resolve().parent
-    title, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=title, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    (title, _, rest), as_it_is = __doc__.partition("\n"), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=rest, formatter_class=as_it_is)
 
     def add(name: str, text: str, default: object, shown: object = None, **options) -> None:
         text += f" (default: {default if shown is None else shown})"
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
-    beside, zero_or_more = "{} beside the script", partial(whole_number, smallest=0)
-    for name, what, folder in (("--raw-data", "in", "raw_data"), ("--output", "out", "data_preprocessing")):
-        add(name, f"{what}put folder", here / folder, beside.format(folder), type=Path)
+    here, zero_or_more = Path(__file__).resolve().parent, partial(whole_number, smallest=0)
+    add("--raw-data", "input folder", here / "raw_data", "raw_data beside the script", type=Path)
+    pngs = here / "data_preprocessing"
+    add("--output", "output folder", pngs, "data_preprocessing beside the script", type=Path)
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
     usual = {"default": [list(VARIANTS)], "shown": f"the first {len(VARIANTS)}"}
     add("--variants", choice, **usual, type=variant_names, nargs="+", metavar="V")
