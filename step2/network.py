@@ -35,7 +35,17 @@ def build_network(recipe: Recipe, momentum: float, outputs: int) -> EfficientNet
     how = {"image_size": recipe.image_size, "num_classes": outputs, "batch_norm_momentum": 1 - momentum}
     network = EfficientNet.from_name(name, **how, **narrow)
     network.set_swish(memory_efficient=False)
+    pad_in_convolutions(network)
     return network
+
+
+def pad_in_convolutions(network: EfficientNet) -> None:
+    """Leave padding to the convolutions themselves where it is the same on all sides: the same sums, without a
+    padded copy of each layer's input, which a step would write, read and keep for the backward pass."""
+    for layer in network.modules():
+        pad = getattr(layer, "static_padding", None)
+        if isinstance(pad, torch.nn.ZeroPad2d) and len(set(pad.padding)) == 1:
+            layer.padding, layer.static_padding = (pad.padding[0],) * 2, torch.nn.Identity()
 
 
 def batch_norm_momentum(steps: int) -> float:

@@ -73,6 +73,19 @@ def test_padding_is_that_of_the_image_size(size):
         assert ours.shape != wrong.shape or not torch.allclose(ours, wrong, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [33, 64, 80, 97])
+def test_padding_within_convolutions_changes_no_score(size):
+    ours = build_network(make_settings(image_size=size, model_name="efficientnet-b0"), 0.1, 6).eval()
+    library = EfficientNet.from_name("efficientnet-b0", image_size=size, num_classes=6).eval()
+    library.load_state_dict(ours.state_dict())
+    pictures = torch.rand(2, 3, size, size)
+    left = [layer for layer in ours.modules() if isinstance(layer, torch.nn.ZeroPad2d)]
+    assert (
+        len(left) < len([layer for layer in library.modules() if isinstance(layer, torch.nn.ZeroPad2d)]) / 2
+    )
+    assert torch.allclose(ours(pictures), library(pictures), rtol=1e-4, atol=1e-5)
+
+
 def test_short_runs_get_a_larger_batch_norm_momentum():
     assert batch_norm_momentum(200) == 0.1 and batch_norm_momentum(14_650) == 0.01
     assert build_network(make_settings(), 0.1, 6)._bn0.momentum == pytest.approx(0.1)
