@@ -51,7 +51,8 @@ def make(args: argparse.Namespace, seed: int) -> Comparison:
     )
     settings = read_settings(given, gpus=torch.cuda.device_count())
     slices, chosen = read_slices(settings.data), choose_variants(settings.variants, settings.data)
-    fold_of = repeat_folds(slices.training, settings.folds, settings.repeats, settings.seed)
+    folds_of = settings.seed if args.folds_of is None else args.folds_of
+    fold_of = repeat_folds(slices.training, settings.folds, settings.repeats, folds_of)
     return make_comparison(settings, chosen, slices, fold_of, settle_weights(settings))
 
 
@@ -76,11 +77,12 @@ def train_all(comparisons: list[Comparison], jobs: int) -> None:
 def write_tables(comparison: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write a seed's tables and return its held-out predictions, without and of the control."""
     folder, history = comparison.settings.results, collect_history(comparison)
+    classes = len(comparison.slices.classes)
     tables = {
         "oof": collect_predictions(comparison),
         "control": collect_predictions(comparison, control=True),
         "history": history,
-        "convergence": convergence_table(history, comparison.settings.label_smoothing, 6),
+        "convergence": convergence_table(history, comparison.settings.label_smoothing, classes),
     }
     if len(comparison.slices.testing):
         found = {variant: average_testing(comparison, variant) for variant in comparison.variants}
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="a folder of its own")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default: %(default)s)")
+    parser.add_argument("--folds-of", type=int, metavar="SEED", help="the same folds for all seeds: this one's")
     parser.add_argument("--variants", default=None, help="as the notebook's parameter, such as 0,1,4 or all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train (default: %(default)s)")
     parser.add_argument("--no-control", action="store_true", help="without the A/A control")
