@@ -1,6 +1,6 @@
 """The comparison: that its errors hold patients and trainings, and that odd tables end in words.
 
-The full simulation is tests/benchmarks/simulate_intervals.py; its table stands there.
+The full simulation is tests/benchmarks/simulate_intervals.py; its tables stand in docs/statistics.md.
 """
 
 from math import comb

@@ -1,6 +1,6 @@
 """Are the intervals right? Tables with a known truth, through the functions that the notebook calls.
 
-    python tests/benchmarks/simulate_intervals.py                       # every setting, 1,000 tables each
+    python tests/benchmarks/simulate_intervals.py                       # every setting, 2,000 tables each
     python tests/benchmarks/simulate_intervals.py --tables 200 --patients 52
 
 A probit model: a slice is right where a normal score lies below a threshold. The score's variance is 0.40 the
