@@ -18,7 +18,7 @@ from torch import _dynamo as dynamo
 
 from step2.engine import local_cluster
 from step2.network import build_network
-from step2.plan import measure_pace
+from step2.pace import pace_on_gpu
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, load_checkpoint, release_memory, save_checkpoint, train_step
@@ -179,7 +179,7 @@ def check_profile(device: torch.device, profile: str) -> Verdict:
     settings = read_settings(
         {"profile": profile, "weights": "none", "processes": 1}, gpus=torch.cuda.device_count()
     )
-    pace = measure_pace(settings)
+    pace = pace_on_gpu(settings, device)
     fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
     says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
     return pace.load < pace.train, says

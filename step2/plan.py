@@ -10,233 +10,29 @@ memory, and the table says so. What it could find comes from the formulas of the
 
 import argparse
 import math
-import multiprocessing
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from step2.files import write_csv
-from step2.network import build_network, normalise
-from step2.pictures import Pictures, load, shuffled, steps_per_epoch
+from step2.pace import GPUS, Pace, estimate_pace, known_gpu, measure_paces
+from step2.pictures import steps_per_epoch
 from step2.power import detectable_points
 from step2.settings import PROFILES, Settings, read_settings
 from step2.slices import Slices, read_slices
-from step2.speed import (
-    OUTPUTS,
-    device_name,
-    find_device,
-    gpu_memory,
-    prepare_process,
-    time_steps,
-    usual_speed,
-    what_fits,
-)
-from step2.training import is_judged, release_memory
-from step2.variants import VARIANTS, choose_variants, require
+from step2.speed import gpu_memory
+from step2.training import is_judged
+from step2.variants import VARIANTS, choose_variants
 
-# GPUs that are not here: memory bandwidth in GB/s, peak of half precision in TFLOP/s, memory in GB (data sheets)
-GPUS = {
-    "T4": (320, 65, 16),
-    "P100": (732, 19, 16),
-    "V100": (900, 125, 16),
-    "L4": (300, 121, 24),
-    "RTX 3060": (360, 51, 12),
-    "RTX 3090": (936, 71, 24),
-    "RTX 4090": (1008, 165, 24),
-    "A100": (1555, 312, 40),
-    "H100": (3350, 990, 80),
-    "H200": (4800, 990, 141),
-}
-# How often a step moves what it saves for the backward pass: from R. Wightman's timings of EfficientNet-B0 in
-# mixed precision on RTX 3090 (1,267 images/s), V100 (1,425) and Titan RTX (1,157), 15, 13 and 12 times
-TRAFFIC = 14
-ARITHMETIC = 0.4  # of the peak, reached by a step's matrix products
-# What starting a step's operations takes at least, for each of a network's blocks: 13 ms for the seven of quick's, in
-# fp32 on an H200, whatever the pictures
-LAUNCH_S = 0.0018
-USABLE = 0.92  # of a GPU's memory
-FEW_GFLOP = (
-    8  # of forward passes: so many pictures are timed on a CPU; a network that needs more a picture ...
-)
-STAND_IN = {"model_name": "efficientnet-b2", "image_size": 260}  # ... would take minutes and is not timed
 SESSION_H, WEEK_H = 12, 30  # Kaggle's, of a session with a GPU and of a week; Colab's sessions are no longer
 A_DAY = 24
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A network's weights and blocks, GFLOP of a picture's forward pass, bytes it saves for the backward pass."""
-
-    weights: int
-    blocks: int
-    gflop: float
-    saved: float
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds a picture takes to train and to load, GPU memory in bytes, slices at a time; how that is known.
-
-    weights: of the network, their number.
-    """
-
-    weights: int
-    train: float
-    load: float
-    memory: float
-    part: int
-    basis: str
-
-    def seconds(self, workers: int) -> float:
-        """Return seconds a training picture: threads load while the network trains, else one after the other."""
-        return max(self.train, self.load) if workers else self.train + self.load
-
-
-# ---------------------------------------- what a step costs
-
-
-def network_cost(settings: Settings, half: bool) -> Cost:
-    """Return what a picture of the settings' network costs, from a pass over tensors that hold no numbers.
-
-    half: in half precision, as on a GPU. PyTorch's own counter of operations takes the backward pass of
-    depthwise convolutions for 17 times what it is, so only the forward pass is counted; training takes three.
-    """
-    flop, kept, pictures = 0.0, {}, 2
-
-    def count(layer: torch.nn.Module, _given: Any, made: Any) -> None:
-        nonlocal flop
-        if isinstance(layer, torch.nn.Conv2d):
-            flop += 2 * made.numel() * layer.in_channels / layer.groups * math.prod(layer.kernel_size)
-        elif isinstance(layer, torch.nn.Linear):
-            flop += 2 * made.numel() * layer.in_features
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        return tensor
-
-    with (
-        FakeTensorMode(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=half),
-    ):
-        network = build_network(settings, 0.1, OUTPUTS)
-        for layer in network.modules():
-            layer.register_forward_hook(count)
-        network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
-    weights = sum(weight.numel() for weight in network.parameters())
-    for weight in network.parameters():
-        kept.pop(id(weight.untyped_storage()), None)
-    saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16
-    return Cost(weights, len(network._blocks), flop / pictures / 1e9, saved / pictures)
-
-
-def known_gpu(name: str) -> str:
-    """Return a GPU's name as GPUS has it; ValueError for an unknown one."""
-    found = next((gpu for gpu in GPUS if gpu.lower() == name.lower()), "")
-    require(found, f"--gpu {name}: choose of {', '.join(GPUS)}")
-    return found
-
-
-def estimate_pace(settings: Settings, name: str) -> Pace:
-    """Return the pace on a GPU that is not here, from its data sheet; ValueError for an unknown one."""
-    name = known_gpu(name)
-    bandwidth, peak, memory = GPUS[name]
-    cost = network_cost(settings, half=True)
-    part = part_that_fits(settings, cost, memory * 1e9)
-    train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
-    train = max(train, LAUNCH_S * cost.blocks / max(part, 1))
-    needs = memory_needed(cost, part)
-    return Pace(cost.weights, train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
-
-
-def memory_needed(cost: Cost, part: int) -> float:
-    """Return the bytes of a step: weights, gradients and Adam's two moments in fp32, and what it saves."""
-    return 16 * cost.weights + part * cost.saved
-
-
-def part_that_fits(settings: Settings, cost: Cost, memory: float) -> int:
-    """Return the slices at a time that a GPU's memory holds, halved as training would; 0 for none."""
-    part = settings.batch_size
-    while part > 1 and memory_needed(cost, part) > USABLE * memory:
-        part = math.ceil(part / 2)
-    return part if memory_needed(cost, part) <= USABLE * memory else 0
-
-
-def measure_pace(settings: Settings) -> Pace:
-    """Time training steps of the real size, and the loading of pictures, in this process.
-
-    On a CPU a step has fewer pictures where a batch would take long, and the largest networks are not timed.
-    """
-    cv2.setNumThreads(0)
-    device = find_device()
-    prepare_process(settings, device)
-    loading, speed = time_loading(settings), usual_speed(settings, device)
-    cost = network_cost(settings, half=speed.precision != "no")
-    basis = f"timed on this {device_name(device)}"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        speed, seconds = what_fits(settings, replace(speed, channels_last=True), device)
-        memory = float(torch.cuda.max_memory_allocated())
-        release_memory(device)
-        return Pace(cost.weights, seconds / speed.part, loading, memory, speed.part, basis)
-    timed = settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
-    gflop = network_cost(timed, half=False).gflop
-    few = max(1, min(settings.batch_size, round(FEW_GFLOP / gflop)))
-    seconds = time_steps(timed, replace(speed, part=few), device)[0] / few * cost.gflop / gflop
-    if timed is not settings:
-        basis = f"from its operations, at the speed of {timed.model_name}"
-    memory, part = memory_needed(cost, settings.batch_size), settings.batch_size
-    return Pace(cost.weights, seconds, loading, memory, part, basis)
-
-
-def time_loading(settings: Settings, pictures: int = 24) -> float:
-    """Return the seconds to load and augment a picture that is kept in memory, with the settings' threads."""
-    noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        cv2.imwrite(f"{folder}/noise.png", cv2.GaussianBlur(noise, (0, 0), 3))
-        many = Pictures(Path(folder), ["noise.png"] * pictures, settings, 0, cached=True)
-        batches = shuffled(np.arange(pictures), min(settings.batch_size, 8), 0, 0) * 4
-        began = time.perf_counter()
-        count = sum(len(normalise(batch)) for batch, _ in load(many, batches, settings.workers))
-    return (time.perf_counter() - began) / count
-
-
-def measure_paces(several: Sequence[Settings]) -> list[Pace]:
-    """Return the pace of each of the settings, measured in as many processes at once as will train."""
-    first = several[0]
-    if first.gpus or first.processes == 1 or first.cluster:
-        return [measure_pace(settings) for settings in several]
-    context = multiprocessing.get_context("spawn")
-    together = context.Barrier(first.processes)
-    with ProcessPoolExecutor(first.processes, context, together.wait) as pool:
-        each = list(pool.map(_measure_all, [tuple(several)] * first.processes))
-    return [
-        replace(
-            paces[0],
-            train=float(np.mean([p.train for p in paces])),
-            load=float(np.mean([p.load for p in paces])),
-        )
-        for paces in zip(*each, strict=True)
-    ]
-
-
-def _measure_all(several: Sequence[Settings]) -> list[Pace]:
-    return [measure_pace(settings) for settings in several]
-
-
-# ---------------------------------------- the table
 
 
 @dataclass(frozen=True)

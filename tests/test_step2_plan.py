@@ -5,19 +5,9 @@ import pandas as pd
 import pytest
 from step2_helpers import make_settings, write_pictures
 
-from step2 import plan
-from step2.plan import (
-    Pace,
-    Size,
-    choices,
-    estimate_pace,
-    measure_paces,
-    network_cost,
-    plan_in_words,
-    plan_row,
-    plan_table,
-    plan_to_show,
-)
+from step2 import pace, plan
+from step2.pace import Pace, estimate_pace, measure_paces, network_cost
+from step2.plan import Size, choices, plan_in_words, plan_row, plan_table, plan_to_show
 from step2.settings import read_settings
 
 KAGGLE = Size(6000, 2000, 7)
@@ -137,8 +127,8 @@ def test_a_step_is_timed_in_as_many_processes_as_train():
 
 def test_network_too_large_for_a_cpu_is_not_timed(monkeypatch):
     """It takes what its operations take at the speed of a smaller one."""
-    monkeypatch.setattr(plan, "FEW_GFLOP", 2.5 * network_cost(make_settings(), half=False).gflop)
-    monkeypatch.setattr(plan, "STAND_IN", {"model_name": "efficientnet-narrow", "image_size": 32})
+    monkeypatch.setattr(pace, "FEW_GFLOP", 2.5 * network_cost(make_settings(), half=False).gflop)
+    monkeypatch.setattr(pace, "STAND_IN", {"model_name": "efficientnet-narrow", "image_size": 32})
     small, large = measure_paces([make_settings(), make_settings(image_size=64)])
     assert large.basis == "from its operations, at the speed of efficientnet-narrow"
     assert large.train > small.train

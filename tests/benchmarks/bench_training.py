@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_training.py                                    # B7 at 600 px on a CUDA GPU
     python tests/benchmarks/bench_training.py --model efficientnet-b0 --size 96 --batch 16 --steps 5   # a CPU
+    python tests/benchmarks/bench_training.py --profile quick       # whole epochs beside a bare loop of steps
     pip install timm                                                             # to have it in the table
 
 Prints training images/s (forward, backward and optimizer step on pictures that are on the device already),
@@ -29,8 +30,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.pictures import Pictures, augment, load, read_png, shuffled
 from step2.settings import Settings, read_settings
-from step2.speed import choose_precision, choose_speed, measure_speed, why_not_compile
-from step2.training import Speed, Trainer, train_step
+from step2.speed import choose_precision, choose_speed, measure_speed, usual_speed, why_not_compile
+from step2.training import Speed, Trainer, save_checkpoint, train_epoch, train_step
 
 OPTIONS = ("SiLU", "bf16", "channels_last", "fused", "compile")
 
@@ -117,6 +118,37 @@ def ways_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, C
     return ways
 
 
+def against_a_bare_loop(args: argparse.Namespace, device: torch.device) -> None:
+    """Print images/s of a profile's epochs, with loading, augmentation and checkpoint, and of a bare loop of
+    forward, backward and step on the same network, its pictures on the device as it takes them."""
+    settings = read_settings({"profile": args.profile, "weights": "none", "processes": 1})
+    torch.set_num_threads(settings.threads)
+    speed, size, count = usual_speed(settings, device), settings.image_size, 2 * settings.batch_size
+    bare, ours = (Trainer(settings, speed, 0.1, device, outputs=6) for _ in range(2))
+    ready = bare.to_device(torch.randint(256, (settings.batch_size, 1, size, size), dtype=torch.uint8))
+    labels = torch.arange(settings.batch_size, device=device) % 6
+    options = {"fused", "channels_last"} if speed.channels_last else {"fused"}
+    step = plain_step(bare.network, ready, labels, options)
+    rates: dict[str, list[float]] = {"a bare loop": [], "epochs of the notebook": []}
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_pictures(Path(folder), count)
+        pictures = Pictures(Path(folder), names, settings, 0, cached=True)
+        truth = torch.arange(count) % 6
+
+        def epoch() -> None:
+            batches = load(pictures, shuffled(np.arange(count), settings.batch_size, 0, 0), settings.workers)
+            row = train_epoch(ours, batches, 2, truth, 0, lambda epochs: None)
+            save_checkpoint(Path(folder) / "checkpoint.pt", ours, [row])
+
+        for _ in range(args.rounds):
+            rates["a bare loop"].append(images_per_s(step, settings.batch_size, args.steps, device))
+            rates["epochs of the notebook"].append(images_per_s(epoch, count, args.steps // 2, device))
+    for way, values in rates.items():
+        print(f"{way:34}{statistics.median(values):9.1f}{min(values):9.1f}{max(values):9.1f}")
+    whole, loop = (statistics.median(rates[way]) for way in ("epochs of the notebook", "a bare loop"))
+    print(f"the notebook trains at {whole / loop:.2f} of the bare loop's speed, profile {args.profile}")
+
+
 def images_per_s(step: Callable, images: int, count: int, device: torch.device) -> float:
     """Return images/s over count steps, after two that are not counted."""
 
@@ -194,11 +226,13 @@ def main() -> None:
     """Measure and print one table."""
     cv2.setNumThreads(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
     name = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{name}, PyTorch {torch.__version__}, {args.model} at {args.size} px, batch {args.batch}")
+    if args.profile:
+        against_a_bare_loop(args, device)
+        return
     rates: dict[str, list[float]] = {}
     ways = {} if args.loader_only else ways_to_train(args, device)
     for _ in range(args.rounds):
@@ -228,6 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=8, help="images a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--profile", choices=("quick", "medium"), help="whole epochs beside a bare loop")
     parser.add_argument("--loader-only", action="store_true", help="time no training, only the loader")
     parser.add_argument(
         "--pictures", type=int, default=256, help="that the loader loads (default: %(default)s)"

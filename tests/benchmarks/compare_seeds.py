@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="a folder of its own")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default: %(default)s)")
-    parser.add_argument("--folds-of", type=int, metavar="SEED", help="the same folds for all seeds: this one's")
+    parser.add_argument(
+        "--folds-of", type=int, metavar="SEED", help="the same folds for all seeds: this one's"
+    )
     parser.add_argument("--variants", default=None, help="as the notebook's parameter, such as 0,1,4 or all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train (default: %(default)s)")
     parser.add_argument("--no-control", action="store_true", help="without the A/A control")

@@ -1,0 +1,228 @@
+"""How fast a network trains and what it needs: timed here, or estimated for a GPU that is not here.
+
+On a CPU steps of the real size are timed in as many processes as will train, of a few pictures each; a network
+that would take minutes a picture is taken to be as fast, operation for operation, as a smaller one.
+"""
+
+import math
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from step2.network import build_network, normalise
+from step2.pictures import Pictures, load, shuffled
+from step2.settings import Settings
+from step2.speed import (
+    OUTPUTS,
+    device_name,
+    find_device,
+    prepare_process,
+    time_steps,
+    usual_speed,
+    what_fits,
+)
+from step2.training import release_memory
+from step2.variants import require
+
+# GPUs that are not here: memory bandwidth in GB/s, peak of half precision in TFLOP/s, memory in GB (data sheets)
+GPUS = {
+    "T4": (320, 65, 16),
+    "P100": (732, 19, 16),
+    "V100": (900, 125, 16),
+    "L4": (300, 121, 24),
+    "RTX 3060": (360, 51, 12),
+    "RTX 3090": (936, 71, 24),
+    "RTX 4090": (1008, 165, 24),
+    "A100": (1555, 312, 40),
+    "H100": (3350, 990, 80),
+    "H200": (4800, 990, 141),
+}
+# How often a step moves what it saves for the backward pass: from R. Wightman's timings of EfficientNet-B0 in
+# mixed precision on RTX 3090 (1,267 images/s), V100 (1,425) and Titan RTX (1,157), 15, 13 and 12 times
+TRAFFIC = 14
+ARITHMETIC = 0.4  # of the peak, reached by a step's matrix products
+# What starting a step's operations takes at least, for each of a network's blocks: 13 ms for the seven of quick's, in
+# fp32 on an H200, whatever the pictures
+LAUNCH_S = 0.0018
+USABLE = 0.92  # of a GPU's memory
+FEW_GFLOP = (
+    8  # of forward passes: so many pictures are timed on a CPU; a network that needs more a picture ...
+)
+STAND_IN = {"model_name": "efficientnet-b2", "image_size": 260}  # ... would take minutes and is not timed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network's weights and blocks, GFLOP of a picture's forward pass, bytes it saves for the backward pass."""
+
+    weights: int
+    blocks: int
+    gflop: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds a picture takes to train and to load, GPU memory in bytes, slices at a time; how that is known.
+
+    weights: of the network, their number.
+    """
+
+    weights: int
+    train: float
+    load: float
+    memory: float
+    part: int
+    basis: str
+
+    def seconds(self, workers: int) -> float:
+        """Return seconds a training picture: threads load while the network trains, else one after the other."""
+        return max(self.train, self.load) if workers else self.train + self.load
+
+
+# ---------------------------------------- what a step costs
+
+
+def network_cost(settings: Settings, half: bool) -> Cost:
+    """Return what a picture of the settings' network costs, from a pass over tensors that hold no numbers.
+
+    half: in half precision, as on a GPU. PyTorch's own counter of operations takes the backward pass of
+    depthwise convolutions for 17 times what it is, so only the forward pass is counted; training takes three.
+    """
+    flop, kept, pictures = 0.0, {}, 2
+
+    def count(layer: torch.nn.Module, _given: Any, made: Any) -> None:
+        nonlocal flop
+        if isinstance(layer, torch.nn.Conv2d):
+            flop += 2 * made.numel() * layer.in_channels / layer.groups * math.prod(layer.kernel_size)
+        elif isinstance(layer, torch.nn.Linear):
+            flop += 2 * made.numel() * layer.in_features
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    with (
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        network = build_network(settings, 0.1, OUTPUTS)
+        for layer in network.modules():
+            layer.register_forward_hook(count)
+        network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
+    weights = sum(weight.numel() for weight in network.parameters())
+    for weight in network.parameters():
+        kept.pop(id(weight.untyped_storage()), None)
+    saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16
+    return Cost(weights, len(network._blocks), flop / pictures / 1e9, saved / pictures)
+
+
+def known_gpu(name: str) -> str:
+    """Return a GPU's name as GPUS has it; ValueError for an unknown one."""
+    found = next((gpu for gpu in GPUS if gpu.lower() == name.lower()), "")
+    require(found, f"--gpu {name}: choose of {', '.join(GPUS)}")
+    return found
+
+
+def estimate_pace(settings: Settings, name: str) -> Pace:
+    """Return the pace on a GPU that is not here, from its data sheet; ValueError for an unknown one."""
+    name = known_gpu(name)
+    bandwidth, peak, memory = GPUS[name]
+    cost = network_cost(settings, half=True)
+    part = part_that_fits(settings, cost, memory * 1e9)
+    train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
+    train = max(train, LAUNCH_S * cost.blocks / max(part, 1))
+    needs = memory_needed(cost, part)
+    return Pace(cost.weights, train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
+
+
+def memory_needed(cost: Cost, part: int) -> float:
+    """Return the bytes of a step: weights, gradients and Adam's two moments in fp32, and what it saves."""
+    return 16 * cost.weights + part * cost.saved
+
+
+def part_that_fits(settings: Settings, cost: Cost, memory: float) -> int:
+    """Return the slices at a time that a GPU's memory holds, halved as training would; 0 for none."""
+    part = settings.batch_size
+    while part > 1 and memory_needed(cost, part) > USABLE * memory:
+        part = math.ceil(part / 2)
+    return part if memory_needed(cost, part) <= USABLE * memory else 0
+
+
+def measure_paces(several: Sequence[Settings]) -> list[Pace]:
+    """Return the pace of each of the settings on this machine, in as many processes at once as will train."""
+    device = find_device()
+    if device.type == "cuda":
+        return [pace_on_gpu(settings, device) for settings in several]
+    count = 1 if several[0].cluster else several[0].processes
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, context.Barrier(count).wait) as pool:
+        for _ in range(count * (count > 1)):
+            pool.submit(int)  # they start while costs are counted
+        costs = [network_cost(settings, half=False) for settings in several]
+        timed = [
+            settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
+            for settings, cost in zip(several, costs, strict=True)
+        ]
+        each = {(settings.model_name, settings.image_size): settings for settings in timed}
+        work = (list(each.values()), list(several))
+        found = list(pool.map(time_all, [work] * count)) if count > 1 else [time_all(work)]
+    speed = dict(zip(each, np.mean([speeds for speeds, _ in found], axis=0), strict=True))  # GFLOP/s
+    loading = np.mean([seconds for _, seconds in found], axis=0)
+    paces = []
+    for settings, cost, stand_in, seconds in zip(several, costs, timed, loading, strict=True):
+        basis = f"timed on this {device_name(device)}"
+        if stand_in is not settings:
+            basis = f"from its operations, at the speed of {stand_in.model_name}"
+        train = cost.gflop / float(speed[stand_in.model_name, stand_in.image_size])
+        memory = memory_needed(cost, settings.batch_size)
+        paces.append(Pace(cost.weights, train, float(seconds), memory, settings.batch_size, basis))
+    return paces
+
+
+def time_all(work: tuple[list[Settings], list[Settings]]) -> tuple[list[float], list[float]]:
+    """Return the GFLOP/s (of the forward pass) at which each of the first settings trains, and the seconds that
+    each of the second takes to load a picture, in this process."""
+    cv2.setNumThreads(0)
+    device, speeds = find_device(), []
+    for settings in work[0]:
+        prepare_process(settings, device)
+        gflop = network_cost(settings, half=False).gflop
+        few = max(1, min(settings.batch_size, round(FEW_GFLOP / gflop)))
+        seconds, _ = time_steps(settings, replace(usual_speed(settings, device), part=few), device)
+        speeds.append(few * gflop / seconds)
+    return speeds, [time_loading(settings) for settings in work[1]]
+
+
+def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:
+    """Return the pace on this GPU: of as many pictures at a time as fit."""
+    prepare_process(settings, device)
+    torch.cuda.reset_peak_memory_stats()
+    speed, seconds = what_fits(settings, replace(usual_speed(settings, device), channels_last=True), device)
+    memory, weights = float(torch.cuda.max_memory_allocated()), network_cost(settings, half=True).weights
+    release_memory(device)
+    basis = f"timed on this {device_name(device)}"
+    return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
+
+
+def time_loading(settings: Settings, pictures: int = 24) -> float:
+    """Return the seconds to load and augment a picture that is kept in memory, with the settings' threads."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        cv2.imwrite(f"{folder}/noise.png", cv2.GaussianBlur(noise, (0, 0), 3))
+        many = Pictures(Path(folder), ["noise.png"] * pictures, settings, 0, cached=True)
+        batches = shuffled(np.arange(pictures), min(settings.batch_size, 8), 0, 0) * 4
+        began = time.perf_counter()
+        count = sum(len(normalise(batch)) for batch, _ in load(many, batches, settings.workers))
+    return (time.perf_counter() - began) / count
