@@ -1,6 +1,7 @@
 """One training step, one epoch, one run from first to last epoch. A run's numbers depend on this file."""
 
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
@@ -268,40 +271,59 @@ def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
-    """Write all that the next epoch depends on; rates, order and augmentation follow from its number."""
+    """Write all that the next epoch depends on; rates, order and augmentation follow from its number.
+
+    As safetensors: a tenth of torch.save's time for hundreds of small tensors, and nothing in it can be run.
+    """
     device = trainer.device
-    content = {
-        "model": trainer.network.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-        "history": history,
-        "best": trainer.best,
-        "part": trainer.part,
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_sealed(path, buffer.getvalue())
+    tensors = {f"model {name}": value for name, value in trainer.network.state_dict().items()}
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer {number} {name}": value for name, value in state.items()}
+    tensors |= {f"best {name}": value for name, value in trainer.best.items()}
+    tensors["random"] = torch.get_rng_state()
+    if device.type != "cpu":
+        tensors["random_device"] = torch.get_device_module(device).get_rng_state()
+    noted = {"history": history, "part": trainer.part, "scaler": trainer.scaler.state_dict()}
+    arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
+    write_sealed(path, safetensors.numpy.save(arrays, {"noted": json.dumps(noted)}))
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
     """Go back to a checkpoint and return the history up to it; none where it is missing or damaged."""
-    sealed = read_sealed(path)
-    if sealed is None:
+    content = read_sealed(path)
+    if content is None:
         if path.exists():
             print(f"{path} is damaged: this run starts again at its first epoch", flush=True)
         return []
-    content: dict[str, Any] = torch.load(io.BytesIO(sealed), map_location="cpu", weights_only=True)
-    trainer.network.load_state_dict(content["model"])
-    trainer.optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"]:
-        trainer.scaler.load_state_dict(content["scaler"])
-    torch.set_rng_state(content["random"])
-    if content["random_device"] is not None and trainer.device.type != "cpu":
-        torch.get_device_module(trainer.device).set_rng_state(content["random_device"])
-    trainer.part, trainer.best = content["part"], content["best"]
-    return content["history"]
+    tensors = safetensors.torch.load(content)
+    noted = json.loads(read_metadata(content)["noted"])
+    trainer.network.load_state_dict(chosen(tensors, "model"))
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in chosen(tensors, "optimizer").items():
+        number, name = key.split(" ")
+        state.setdefault(int(number), {})[name] = value
+    groups = trainer.optimizer.state_dict()["param_groups"]  # they follow from the settings
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if noted["scaler"]:
+        trainer.scaler.load_state_dict(noted["scaler"])
+    torch.set_rng_state(tensors["random"])
+    if "random_device" in tensors and trainer.device.type != "cpu":
+        torch.get_device_module(trainer.device).set_rng_state(tensors["random_device"])
+    trainer.part, trainer.best = noted["part"], chosen(tensors, "best")
+    return noted["history"]
+
+
+def chosen(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a kind, without its name before theirs."""
+    return {
+        key.removeprefix(f"{kind} "): value for key, value in tensors.items() if key.startswith(f"{kind} ")
+    }
+
+
+def read_metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata of safetensors: JSON, after its length in eight bytes (safetensors' format)."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length])["__metadata__"]
 
 
 def half_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
