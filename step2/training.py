@@ -299,8 +299,12 @@ def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
     noted = json.loads(read_metadata(content)["noted"])
     trainer.network.load_state_dict(chosen(tensors, "model"))
     state: dict[int, dict[str, torch.Tensor]] = {}
+    weights = trainer.optimizer.param_groups[0]["params"]
     for key, value in chosen(tensors, "optimizer").items():
         number, name = key.split(" ")
+        weight = weights[int(number)]
+        if value.shape == weight.shape:  # in its layout, as the fused optimizer takes it for granted
+            value = torch.empty_like(weight).copy_(value)
         state.setdefault(int(number), {})[name] = value
     groups = trainer.optimizer.state_dict()["param_groups"]  # they follow from the settings
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
