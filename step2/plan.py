@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 from step2.files import write_csv
@@ -76,8 +77,9 @@ def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
 def plan_table(settings: Settings, size: Size, gpu: str | None = None) -> pd.DataFrame:
     """Return what each choice costs and could find, DataFrame; the first row is what is set.
 
-    Columns: choice, profile, folds, repeats, slices, patients, runs, pictures (to train), hours, gpu_gb (of
-    a step), at_a_time (slices), disk_gb, detectable (points of accuracy), basis. gpu: one that is not here.
+    Columns: choice, profile, folds, repeats, slices, patients, runs, pictures (to train), hours, memory_gb (of a
+    step, in each process), at_a_time (slices), disk_gb, detectable (points of accuracy), basis.
+    gpu: the name of one that is not here.
     """
     rows = choices(settings, size)
     several = {s.profile: s for _, s, _ in rows}
@@ -118,16 +120,23 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
             "repeats": settings.repeats,
         },
         **{"slices": size.slices, "patients": size.patients, "runs": runs, "pictures": runs * trained},
-        **{"hours": seconds / 3600, "gpu_gb": pace.memory / 1e9, "at_a_time": pace.part},
+        **{"hours": seconds / 3600, "memory_gb": pace.memory / 1e9, "at_a_time": pace.part},
         **{"disk_gb": disk / 1e9, "detectable": points, "basis": pace.basis},
         **{"loaded_per_s": 1 / pace.load if pace.load else np.nan, "trained_per_s": 1 / pace.train},
     }
 
 
-def plan_in_words(table: pd.DataFrame, free_bytes: float = math.inf) -> list[str]:
+def room_here(settings: Settings) -> tuple[float, float]:
+    """Return the bytes that are free where results go, and of memory for each process, infinite on a GPU."""
+    settings.results.mkdir(parents=True, exist_ok=True)
+    memory = psutil.virtual_memory().available / settings.processes
+    return shutil.disk_usage(settings.results).free, math.inf if settings.gpus else memory
+
+
+def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = math.inf) -> list[str]:
     """Return sentences about what is set, the plan's first row: what takes long, doesn't fit, or could find little.
 
-    free_bytes: of the disk that results are written to.
+    disk, memory: as room_here tells.
     """
     row = table.iloc[0]
     work = f"{row['runs']} runs train {row['pictures']:,} pictures"
@@ -148,9 +157,12 @@ def plan_in_words(table: pd.DataFrame, free_bytes: float = math.inf) -> list[str
         lines.append(f"memory holds {row['at_a_time']} slices at a time: a batch is taken in parts")
     if row["trained_per_s"] > row["loaded_per_s"]:
         lines.append("loading pictures takes longer than training: raise workers")
-    if row["disk_gb"] * 1e9 > free_bytes:
+    if row["memory_gb"] * 1e9 > memory:
+        has = f"each process needs {row['memory_gb']:.1f} GB of memory and has {memory / 1e9:.1f}"
+        lines.append(f"{has}: lower processes or batch_size")
+    if row["disk_gb"] * 1e9 > disk:
         lines.append(
-            f"results take {row['disk_gb']:.1f} GB, and {free_bytes / 1e9:.1f} GB are free: make room first"
+            f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
         )
     found = row["detectable"]
     if np.isnan(found):
@@ -173,7 +185,7 @@ def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:
     shown = table.set_index("choice")
     shown = shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
         hours=shown["hours"].map("{:.2g}".format),
-        **{"memory, GB": shown["gpu_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
+        **{"memory, GB": shown["memory_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
         **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
         **{
             "finds, points": shown["detectable"].map(
@@ -215,7 +227,7 @@ def main() -> None:
     write_csv(args.results / "plan.csv", table)
     print(f"{settings.profile} profile: {settings.why}")
     print(plan_to_show(table).to_string())
-    print(*plan_in_words(table, shutil.disk_usage(args.results).free), sep="\n")
+    print(*plan_in_words(table, *room_here(settings)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_fewer_folds_slices_and_repeats_cost_less_and_find_less(on_a_t4):
 def row(**changed):
     """Return the first row of a plan, as a table."""
     usual = {"choice": "as set", "profile": "full", "folds": 5, "repeats": 1, "slices": 90, "patients": 63}
-    usual |= {"runs": 40, "pictures": 72_000, "hours": 0.5, "gpu_gb": 15.5, "at_a_time": 8, "disk_gb": 1.0}
+    usual |= {"runs": 40, "pictures": 72_000, "hours": 0.5, "memory_gb": 15.5, "at_a_time": 8, "disk_gb": 1.0}
     usual |= {"detectable": 9.0, "basis": "timed", "loaded_per_s": 600.0, "trained_per_s": 100.0}
     return pd.DataFrame([usual | changed])
 
@@ -100,12 +100,13 @@ def row(**changed):
         ({"at_a_time": 0}, "^a single slice doesn't fit in the GPU's memory: lower image_size"),
         ({"trained_per_s": 700.0}, "^loading pictures takes longer than training: raise workers$"),
         ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
+        ({"memory_gb": 17.0}, r"^each process needs 17\.0 GB of memory and has 16\.0: lower processes"),
         ({"detectable": np.nan}, "^so few patients could show no difference"),
         ({}, r"^a difference of 9\.0 points in accuracy would be found in 8 of 10"),
     ],
 )
 def test_what_the_plan_says(changed, sentence):
-    said = plan_in_words(row(**changed), free_bytes=2e9)
+    said = plan_in_words(row(**changed), disk=2e9, memory=16e9)
     assert [line for line in said if pd.Series([line]).str.contains(sentence, regex=True)[0]], said
 
 
