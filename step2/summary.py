@@ -80,6 +80,8 @@ def detectable_text(primary: pd.DataFrame) -> str:
     reach = 100 * primary["detectable"].dropna()
     if reach.empty:
         return ""
+    if reach.max() >= 100:  # accuracies differ by no more than that
+        return " Data of this size are unlikely to show any difference, however large."
     span = " to ".join(dict.fromkeys((f"{reach.min():.1f}", f"{reach.max():.1f}")))
     return (
         f" With data of this size, a true difference of {span} points would be found in "

@@ -1,11 +1,12 @@
 """The sentences under figures: computed from what is drawn."""
 
 import pandas as pd
+import pytest
 from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
 from step2.metrics import worst_mistakes
 from step2.statistics import contrast_table
-from step2.summary import headline, say_costs, say_mistakes, say_reliability
+from step2.summary import detectable_text, headline, say_costs, say_mistakes, say_reliability
 
 
 def test_answer_says_on_which_patients_networks_were_trained():
@@ -35,3 +36,18 @@ def test_mistakes_name_the_most_frequent_confusion():
     said = say_mistakes(worst_mistakes(table, 12))
     assert said == "Said with 50 to 50 % confidence; most often epidural called healthy, 2 of 3."
     assert say_mistakes(worst_mistakes(table, 0)) == "No slice was mistaken by any variant."
+
+
+@pytest.mark.parametrize(
+    ("reach", "says"),
+    [
+        (
+            [0.05, 0.0721],
+            " With data of this size, a true difference of 5.0 to 7.2 points would be found in 80 %",
+        ),
+        ([0.9, 1.21], " Data of this size are unlikely to show any difference, however large."),
+        ([], ""),
+    ],
+)
+def test_difference_that_could_be_found_is_never_more_than_there_can_be(reach, says):
+    assert detectable_text(pd.DataFrame({"detectable": reach}, dtype=float)).startswith(says)
