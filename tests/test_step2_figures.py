@@ -8,7 +8,9 @@ from step2_helpers import ALL_VARIANTS, random_table
 
 from step2 import figures
 from step2.metrics import metric_table
+from step2.network import InitialWeights
 from step2.report import Report, make_caption
+from step2.runs import Comparison
 from step2.settings import read_settings
 from step2.slices import Slices
 from step2.statistics import contrast_table, pair_table
@@ -97,16 +99,22 @@ def some_slices_of(patients: list[str], patient_level: bool = True) -> Slices:
     return Slices(pd.DataFrame({"patient": patients}), pd.DataFrame({"patient": []}), {}, patient_level)
 
 
+def caption_of(settings, slices, fold_of, pictures, used="none"):
+    """Return the caption of a comparison of these; nothing else about it matters."""
+    weights = InitialWeights("auto", used, "", "", "")
+    return make_caption(Comparison(settings, ("1_ROI",), slices, fold_of, weights, {}, {}), pictures)
+
+
 def test_caption_says_profile_changes_network_data_and_weights():
     settings, slices = read_settings({"profile": "quick", "epochs": 1}), some_slices_of(["a", "b", "b"])
-    caption = make_caption(settings, slices, np.zeros((1, 3)), "phantoms", "random initial weights")
+    caption = caption_of(settings, slices, np.zeros((1, 3)), "phantoms")
     assert caption.startswith("quick profile with epochs 1, efficientnet-narrow at ")
     assert caption.endswith("px, 3 phantom slices of 2 patients, random initial weights")
 
 
 def test_caption_of_unchanged_profile_and_unknown_patients():
     settings, slices = read_settings({"profile": "quick"}), some_slices_of(["a", "b"], False)
-    caption = make_caption(settings, slices, np.zeros((1, 2)), "", "ImageNet's initial weights")
+    caption = caption_of(settings, slices, np.zeros((1, 2)), "", "imagenet")
     assert caption.startswith("quick profile, efficientnet-narrow at ")
     assert caption.endswith("px, 2 slices of an unknown number of patients, ImageNet's initial weights")
 
@@ -117,13 +125,13 @@ def test_caption_of_unchanged_profile_and_unknown_patients():
 def test_caption_of_rsnas_subtypes_says_that_slices_have_one(label, words):
     settings, slices = read_settings({"profile": "quick"}), some_slices_of(["a", "b"])
     slices = Slices(slices.training.assign(label=["healthy", label]), slices.testing, {}, True)
-    caption = make_caption(settings, slices, np.zeros((1, 2)), "RSNA-2019", "random initial weights")
+    caption = caption_of(settings, slices, np.zeros((1, 2)), "RSNA-2019")
     assert caption.endswith(f"px, 2 RSNA-2019 {words} of 2 patients, random initial weights")
 
 
 def test_caption_of_a_single_split_says_what_was_tested():
     settings, slices = read_settings({"profile": "quick", "folds": 1}), some_slices_of(["a", "b", "b"])
-    caption = make_caption(settings, slices, np.array([[1, 0, 0]]), "phantoms", "random initial weights")
+    caption = caption_of(settings, slices, np.array([[1, 0, 0]]), "phantoms")
     assert "3 phantom slices of 2 patients, tested: 2 slices of 1 patients, random" in caption
 
 
