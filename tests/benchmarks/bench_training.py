@@ -229,7 +229,8 @@ def main() -> None:
     name = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
-    print(f"{name}, PyTorch {torch.__version__}, {args.model} at {args.size} px, batch {args.batch}")
+    network = f"{args.model} at {args.size} px, batch {args.batch}"
+    print(f"{name}, PyTorch {torch.__version__}, {f'profile {args.profile}' if args.profile else network}")
     if args.profile:
         against_a_bare_loop(args, device)
         return
