@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from Step1_Image_Preprocessing import CLASSES
+from Step1_Image_Preprocessing import CLASSES, class_order
 
 __all__ = [
     "CLASSES",
@@ -26,8 +26,7 @@ SHORT = dict(zip(CLASSES, ("healthy", "IPH", "IVH", "SAH", "SDH", "EDH"), strict
 
 def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
     """Return each of these labels once, in the order of the networks' outputs."""
-    there = set(labels)
-    return (*(name for name in CLASSES if name in there), *sorted(there - set(CLASSES)))
+    return tuple(class_order(set(labels)))
 
 
 def probability_columns(classes: Iterable[str]) -> list[str]:

@@ -116,7 +116,7 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
 def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
     """Start workers on this machine, one thread and one GPU each, that listen to this machine alone."""
     options = {
-        "distributed.worker.daemon": False,  # daemons could not start processes that load pictures
+        "distributed.worker.daemon": False,  # daemons could not start processes, as torch.compile may
         "distributed.comm.timeouts.connect": "10s",
         "distributed.nanny.pre-spawn-environ": KEEP_MEMORY,
         "distributed.worker.profile.enabled": False,

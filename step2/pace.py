@@ -55,10 +55,10 @@ ARITHMETIC = 0.4  # of the peak, reached by a step's matrix products
 # fp32 on an H200, whatever the pictures
 LAUNCH_S = 0.0018
 USABLE = 0.92  # of a GPU's memory
-FEW_GFLOP = (
-    8  # of forward passes: so many pictures are timed on a CPU; a network that needs more a picture ...
-)
-STAND_IN = {"model_name": "efficientnet-b2", "image_size": 260}  # ... would take minutes and is not timed
+# On a CPU steps of so many pictures are timed as take this in their forward passes; a network that needs more for one
+# picture would take minutes, and is taken to be as fast, operation for operation, as the stand-in
+FEW_GFLOP = 4
+STAND_IN = {"model_name": "efficientnet-b2", "image_size": 260}
 
 
 @dataclass(frozen=True)
@@ -175,34 +175,45 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
             settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
             for settings, cost in zip(several, costs, strict=True)
         ]
-        each = {(settings.model_name, settings.image_size): settings for settings in timed}
-        work = (list(each.values()), list(several))
-        found = list(pool.map(time_all, [work] * count)) if count > 1 else [time_all(work)]
-    speed = dict(zip(each, np.mean([speeds for speeds, _ in found], axis=0), strict=True))  # GFLOP/s
-    loading = np.mean([seconds for _, seconds in found], axis=0)
+        each = {network_name(settings): settings for settings in timed}
+        gflop = {network_name(settings): cost.gflop for settings, cost in zip(several, costs, strict=True)}
+        for name in each.keys() - gflop.keys():  # the stand-in, where it is none of them
+            gflop[name] = network_cost(each[name], half=False).gflop
+        work = [(settings, max(1, round(FEW_GFLOP / gflop[name]))) for name, settings in each.items()]
+        given = (work, list(several))
+        found = list(pool.map(time_all, [given] * count)) if count > 1 else [time_all(given)]
+    seconds_of = dict(zip(each, np.mean([steps for steps, _ in found], axis=0), strict=True))
+    loading = np.mean([loads for _, loads in found], axis=0)
     paces = []
     for settings, cost, stand_in, seconds in zip(several, costs, timed, loading, strict=True):
         basis = f"timed on this {device_name(device)}"
         if stand_in is not settings:
             basis = f"from its operations, at the speed of {stand_in.model_name}"
-        train = cost.gflop / float(speed[stand_in.model_name, stand_in.image_size])
+        name = network_name(stand_in)
+        train = float(seconds_of[name]) * cost.gflop / gflop[name]
         memory = memory_needed(cost, settings.batch_size)
         paces.append(Pace(cost.weights, train, float(seconds), memory, settings.batch_size, basis))
     return paces
 
 
-def time_all(work: tuple[list[Settings], list[Settings]]) -> tuple[list[float], list[float]]:
-    """Return the GFLOP/s (of the forward pass) at which each of the first settings trains, and the seconds that
-    each of the second takes to load a picture, in this process."""
+def network_name(settings: Settings) -> tuple[str, int]:
+    """Return what a step's time on a CPU depends on: the network and its pictures' size."""
+    return settings.model_name, settings.image_size
+
+
+def time_all(given: tuple[list[tuple[Settings, int]], list[Settings]]) -> tuple[list[float], list[float]]:
+    """Return the seconds a picture of training steps, and of loading, in this process.
+
+    given: settings with the slices to time at a time; settings whose loading is timed.
+    """
     cv2.setNumThreads(0)
-    device, speeds = find_device(), []
-    for settings in work[0]:
+    device, steps = find_device(), []
+    for settings, few in given[0]:
         prepare_process(settings, device)
-        gflop = network_cost(settings, half=False).gflop
-        few = max(1, min(settings.batch_size, round(FEW_GFLOP / gflop)))
-        seconds, _ = time_steps(settings, replace(usual_speed(settings, device), part=few), device)
-        speeds.append(few * gflop / seconds)
-    return speeds, [time_loading(settings) for settings in work[1]]
+        few = min(few, settings.batch_size)
+        speed = replace(usual_speed(settings, device), part=few)
+        steps.append(time_steps(settings, speed, device)[0] / few)
+    return steps, [time_loading(settings) for settings in given[1]]
 
 
 def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:

@@ -187,15 +187,12 @@ def load(
         return
     ahead: deque[Future] = deque()
     with ThreadPoolExecutor(threads, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        try:
-            for batch in batches:
-                ahead.append(pool.submit(prepare, pictures, batch))
-                if len(ahead) > threads:
-                    yield ahead.popleft().result()
-            while ahead:
+        for batch in batches:
+            ahead.append(pool.submit(prepare, pictures, batch))
+            if len(ahead) > threads:
                 yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def fits_in_memory(settings: Settings, first: Path, count: int) -> bool:

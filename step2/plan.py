@@ -78,7 +78,8 @@ def plan_table(settings: Settings, size: Size, gpu: str | None = None) -> pd.Dat
     """Return what each choice costs and could find, DataFrame; the first row is what is set.
 
     Columns: choice, profile, folds, repeats, slices, patients, runs, pictures (to train), hours, memory_gb (of a
-    step, in each process), at_a_time (slices), disk_gb, detectable (points of accuracy), basis.
+    step, in each process), batch_size, at_a_time (slices of it), disk_gb, detectable (points of accuracy), basis,
+    loaded_per_s and trained_per_s (pictures, of one process).
     gpu: the name of one that is not here.
     """
     rows = choices(settings, size)
@@ -99,11 +100,9 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     judged = held_out * sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs))
     forward = replace(pace, train=pace.train / 3).seconds(settings.workers)
     seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / settings.processes
-    disk = (
-        4 * pace.weights * runs + 14 * pace.weights * settings.processes
-    )  # last and best weights; checkpoints
-    # with one fold only its own patients are tested
-    tested = size.patients if settings.folds > 1 else round(size.patients / 5)
+    # of each run its last and best weights, of each process a checkpoint
+    disk = (4 * runs + 14 * settings.processes) * pace.weights
+    tested = size.patients if settings.folds > 1 else round(size.patients / 5)  # of a single split, one side
     points = detectable_points(
         tested,
         slices=size.slices / max(size.patients, 1),
@@ -120,7 +119,8 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
             "repeats": settings.repeats,
         },
         **{"slices": size.slices, "patients": size.patients, "runs": runs, "pictures": runs * trained},
-        **{"hours": seconds / 3600, "memory_gb": pace.memory / 1e9, "at_a_time": pace.part},
+        **{"hours": seconds / 3600, "memory_gb": pace.memory / 1e9},
+        **{"batch_size": settings.batch_size, "at_a_time": pace.part},
         **{"disk_gb": disk / 1e9, "detectable": points, "basis": pace.basis},
         **{"loaded_per_s": 1 / pace.load if pace.load else np.nan, "trained_per_s": 1 / pace.train},
     }
@@ -153,8 +153,10 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
         lines.append(
             "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
         )
-    elif row["at_a_time"] < PROFILES[row["profile"]]["batch_size"]:
-        lines.append(f"memory holds {row['at_a_time']} slices at a time: a batch is taken in parts")
+    elif row["at_a_time"] < row["batch_size"]:
+        lines.append(
+            f"memory holds {row['at_a_time']} of a batch's {row['batch_size']} slices: it is taken in parts"
+        )
     if row["trained_per_s"] > row["loaded_per_s"]:
         lines.append("loading pictures takes longer than training: raise workers")
     if row["memory_gb"] * 1e9 > memory:

@@ -183,7 +183,7 @@ def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:
-        return "quick", "there is no CUDA GPU; medium would take a night on 8 to 16 cores"
+        return "quick", "there is no CUDA GPU"
     has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
     if gpu_memory < FULL_NEEDS:
         return "medium", f"{has}, full is for 24 and more"

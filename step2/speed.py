@@ -17,7 +17,6 @@ from step2.settings import Settings
 from step2.training import Speed, Trainer, out_of_memory, release_memory, train_step
 
 OUTPUTS = 6  # of the networks that are timed; the size of a classifier doesn't show
-
 WORTH_COMPILING_S = 60  # of a run; shorter ones are over before the network is compiled
 
 
@@ -33,8 +32,8 @@ def prepare_process(settings: Settings, device: torch.device) -> None:
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # numbers too small to matter, on which a CPU is slow
     if device.type == "cuda":
-        # its search for the fastest kernels took 16 s for the seven blocks of quick's network in bf16 on an H200, and
-        # over a minute for B7, for each shape of a batch and in each process
+        # With its search for the fastest kernels, the first steps of quick's seven blocks in bf16 took 16 s on an
+        # H200 (2 s in fp32), and B7's more than a minute; it would be repeated in each process for each shape.
         torch.backends.cudnn.benchmark = False
         torch.set_float32_matmul_precision("high")
 

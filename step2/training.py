@@ -273,7 +273,7 @@ def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
     """Write all that the next epoch depends on; rates, order and augmentation follow from its number.
 
-    As safetensors: a tenth of torch.save's time for hundreds of small tensors, and nothing in it can be run.
+    As safetensors: half of torch.save's time for hundreds of small tensors, and nothing in it can be run.
     """
     device = trainer.device
     tensors = {f"model {name}": value for name, value in trainer.network.state_dict().items()}

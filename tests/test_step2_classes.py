@@ -1,5 +1,7 @@
 """Classes come from the data: two or eight of them, with any names, with and without healthy."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -143,6 +145,15 @@ def test_other_classes_are_other_runs_in_other_folders(tmp_path):
     second = make_comparison_for(tmp_path / "data", tmp_path / "results")
     assert not set(first.folders.values()) & set(second.folders.values())
     assert first.identity() != second.identity()
+
+
+def test_the_same_classes_in_another_order_are_other_runs(tmp_path):
+    """The labels of a run's slices don't tell which output is whose."""
+    write_pictures(tmp_path / "data", classes=PAIR)
+    first = make_comparison_for(tmp_path / "data", tmp_path / "results")
+    turned = replace(first.slices)
+    turned.__dict__["classes"] = PAIR[::-1]
+    assert not set(first.folders.values()) & set(replace(first, slices=turned).folders.values())
 
 
 # ---------------------------------------- metrics, figures, words

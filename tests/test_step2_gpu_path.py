@@ -46,7 +46,6 @@ def test_half_precision_learns(precision):
         check_gpu.check_repeats,
         check_gpu.check_channels_last,
         check_gpu.check_fused,
-        check_gpu.check_device_and_cpu,
     ],
 )
 def test_levers_compute_the_same(check):

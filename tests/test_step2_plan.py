@@ -85,8 +85,21 @@ def test_fewer_folds_slices_and_repeats_cost_less_and_find_less(on_a_t4):
 def row(**changed):
     """Return the first row of a plan, as a table."""
     usual = {"choice": "as set", "profile": "full", "folds": 5, "repeats": 1, "slices": 90, "patients": 63}
-    usual |= {"runs": 40, "pictures": 72_000, "hours": 0.5, "memory_gb": 15.5, "at_a_time": 8, "disk_gb": 1.0}
-    usual |= {"detectable": 9.0, "basis": "timed", "loaded_per_s": 600.0, "trained_per_s": 100.0}
+    usual |= {
+        "runs": 40,
+        "pictures": 72_000,
+        "hours": 0.5,
+        "memory_gb": 15.5,
+        "batch_size": 8,
+        "at_a_time": 8,
+    }
+    usual |= {
+        "disk_gb": 1.0,
+        "detectable": 9.0,
+        "basis": "timed",
+        "loaded_per_s": 600.0,
+        "trained_per_s": 100.0,
+    }
     return pd.DataFrame([usual | changed])
 
 
@@ -96,7 +109,7 @@ def row(**changed):
         ({}, r"40 runs train 72,000 pictures in about 30 minutes \(timed\)$"),
         ({"hours": 30.0}, r"about 30\.0 hours .*: 1\.2 days; think of fewer slices"),
         ({"hours": 30.0}, r"^where a session ends after 12 hours, that is 3 of them, and 1\.0 weeks"),
-        ({"at_a_time": 4}, "^memory holds 4 slices at a time"),
+        ({"at_a_time": 4}, "^memory holds 4 of a batch's 8 slices: it is taken in parts$"),
         ({"at_a_time": 0}, "^a single slice doesn't fit in the GPU's memory: lower image_size"),
         ({"trained_per_s": 700.0}, "^loading pictures takes longer than training: raise workers$"),
         ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
@@ -108,6 +121,10 @@ def row(**changed):
 def test_what_the_plan_says(changed, sentence):
     said = plan_in_words(row(**changed), disk=2e9, memory=16e9)
     assert [line for line in said if pd.Series([line]).str.contains(sentence, regex=True)[0]], said
+
+
+def test_small_batch_that_was_asked_for_is_no_want_of_memory():
+    assert not [line for line in plan_in_words(row(batch_size=4, at_a_time=4)) if "memory" in line]
 
 
 def test_plan_to_show_has_a_line_for_each_choice_without_nan():

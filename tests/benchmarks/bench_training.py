@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.pictures import Pictures, augment, load, read_png, shuffled
 from step2.settings import Settings, read_settings
-from step2.speed import choose_precision, choose_speed, measure_speed, usual_speed, why_not_compile
+from step2.speed import measure_speed, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, save_checkpoint, train_epoch, train_step
 
 OPTIONS = ("SiLU", "bf16", "channels_last", "fused", "compile")
@@ -73,12 +73,9 @@ def benchmark_settings(args: argparse.Namespace) -> Settings:
 def notebook_step(args: argparse.Namespace, device: torch.device) -> tuple[Callable, Speed]:
     """Return the notebook's own step and how it chose to compute it."""
     settings = benchmark_settings(args)
+    speed = usual_speed(settings, device)
     if device.type == "cuda":
-        precision, why = choose_precision("auto", device)
-        base = Speed(precision, False, True, False, args.batch, (why,))
-        speed = measure_speed(settings, base, 10_000, device)
-    else:
-        speed = choose_speed(settings, 10_000, device)
+        speed = measure_speed(settings, speed, 10_000, device)
     trainer = Trainer(settings, speed, 0.1, device, outputs=6)
     pictures = torch.randint(256, (args.batch, 1, args.size, args.size), dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch, device=device) % 6
