@@ -32,6 +32,7 @@ COLORS = (
     *("#555555", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00"),
     *("#882255", "#117733", "#332288", "#999933", "#AA4499", "#44AA99", "#88CCEE", "#DDCC77"),
 )
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # told apart in grey print
 KIND_LOOKS = {  # kind -> heading, marker, colour
     "primary": (f"Against {BASELINE} (primary)", "s", "#0072B2"),
@@ -303,22 +304,21 @@ def draw_sensitivities(
 def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
     """Return the confusion matrices of two variants, in slices, and second minus first; of one, its own."""
     counts = [confusion_counts(predictions[predictions["variant"] == name]) for name in shown]
-    drawn = list(zip(shown, counts, strict=True))
+    share: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 100}  # % of a class
+    drawn = [(name, count, share) for name, count in zip(shown, counts, strict=True)]
     if len(shown) == 2:
-        drawn.append((f"{shown[1]}\nminus {shown[0]}", counts[1] - counts[0]))
+        apart = {"cmap": "RdBu", "vmin": -60, "vmax": 60}
+        drawn.append((f"{shown[1]}\nminus {shown[0]}", counts[1] - counts[0], apart))
     short = short_names(classes_of(predictions))
     side = max(3.6, 0.45 * len(short) + 0.9)  # inches
     figure, axes = panels(len(drawn), 3, (side, side))
-    for axis, (name, count) in zip(axes, drawn, strict=True):
+    for axis, (name, count, look) in zip(axes, drawn, strict=True):
         totals = counts[0].sum(axis=1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             percent = 100 * count / totals
-        look: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": 100}
-        if (count < 0).any():
-            look = {"cmap": "RdBu", "vmin": -60, "vmax": 60}
-        axis.imshow(percent, **look)
+        bright = axis.imshow(percent, **look).to_rgba(percent)[..., :3] @ LUMINANCE > 0.5
         for (y, x), value in np.ndenumerate(count):
-            color = "black" if percent[y, x] > 55 or "minus" in name else "white"
+            color = "black" if bright[y, x] else "white"
             axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
         axis.set_title(name, size=9)
         axis.set_xticks(range(len(short)), short, rotation=90 if "\n" in "".join(short) else 45, size=8)

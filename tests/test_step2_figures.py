@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from step2_helpers import ALL_VARIANTS, random_table
+from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
 from step2 import figures
 from step2.metrics import metric_table
@@ -97,6 +97,20 @@ def test_no_variant_has_the_baselines_colour():
 def some_slices_of(patients: list[str], patient_level: bool = True) -> Slices:
     """Return a slice of each of these patients, in this order."""
     return Slices(pd.DataFrame({"patient": patients}), pd.DataFrame({"patient": []}), {}, patient_level)
+
+
+def test_numbers_of_confusion_matrices_stand_out_from_their_cells():
+    """Also the largest gains and losses, whose cells are dark."""
+    table = prediction_table(
+        {"0_Dicom2PNG": ["healthy"] * 12, "1_ROI": [*CLASSES, *CLASSES]},
+        [*CLASSES, *CLASSES],
+        [f"P{i}" for i in range(12)],
+    )
+    for axis in figures.draw_confusions(table, ["0_Dicom2PNG", "1_ROI"]).axes:
+        cells = axis.images[0].to_rgba(axis.images[0].get_array())[..., :3].mean(axis=-1)
+        for text in axis.texts:
+            x, y = (int(place) for place in text.get_position())
+            assert abs(cells[y, x] - (text.get_color() == "white")) > 0.4
 
 
 def caption_of(settings, slices, fold_of, pictures, used="none"):
