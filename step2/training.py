@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import safetensors.torch
 import torch
 from torch.nn import functional as F
@@ -30,7 +30,7 @@ from step2.settings import Recipe, Settings
 from step2.variants import require
 
 LONGER = 1.1  # times the longest epoch so far: what the next one may take
-CURVE_POINTS = 35  # of a held-out curve, at least, where there are as many epochs
+CURVE_POINTS = 24  # of a held-out curve, at least, where there are as many epochs
 Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
 
 
@@ -273,19 +273,17 @@ def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
     """Write all that the next epoch depends on; rates, order and augmentation follow from its number.
 
-    As safetensors: half of torch.save's time for hundreds of small tensors, and nothing in it can be run.
+    As safetensors, in which nothing can be run, of a few long vectors: hundreds of small ones take much longer.
     """
-    device = trainer.device
-    tensors = {f"model {name}": value for name, value in trainer.network.state_dict().items()}
-    for number, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer {number} {name}": value for name, value in state.items()}
-    tensors |= {f"best {name}": value for name, value in trainer.best.items()}
-    tensors["random"] = torch.get_rng_state()
+    device, tensors = trainer.device, joined("model", trainer.network.state_dict().values())
+    moments = list(trainer.optimizer.state_dict()["state"].values())  # none, if fp16 skipped each step so far
+    for name in moments[0] if moments else ():
+        tensors |= joined(f"optimizer {name}", (moment[name] for moment in moments))
+    tensors |= joined("best", trainer.best.values()) | {"random": torch.get_rng_state()}
     if device.type != "cpu":
         tensors["random_device"] = torch.get_device_module(device).get_rng_state()
     noted = {"history": history, "part": trainer.part, "scaler": trainer.scaler.state_dict()}
-    arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
-    write_sealed(path, safetensors.numpy.save(arrays, {"noted": json.dumps(noted)}))
+    write_sealed(path, safetensors.torch.save(tensors, {"noted": json.dumps(noted)}))
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
@@ -297,31 +295,49 @@ def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
         return []
     tensors = safetensors.torch.load(content)
     noted = json.loads(read_metadata(content)["noted"])
-    trainer.network.load_state_dict(chosen(tensors, "model"))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    weights = trainer.optimizer.param_groups[0]["params"]
-    for key, value in chosen(tensors, "optimizer").items():
-        number, name = key.split(" ")
-        weight = weights[int(number)]
-        if value.shape == weight.shape:  # in its layout, as the fused optimizer takes it for granted
-            value = torch.empty_like(weight).copy_(value)
-        state.setdefault(int(number), {})[name] = value
+    trainer.network.load_state_dict(parted("model", tensors, trainer.network.state_dict()))
+    weights = dict(enumerate(trainer.optimizer.param_groups[0]["params"]))
+    state: dict[int, dict[str, torch.Tensor]] = {number: {} for number in weights}
+    for name in {key.split()[1] for key in tensors if key.startswith("optimizer")}:
+        like = {number: torch.zeros(()) for number in weights} if name == "step" else weights
+        for number, value in parted(f"optimizer {name}", tensors, like).items():
+            state[number][name] = value
     groups = trainer.optimizer.state_dict()["param_groups"]  # they follow from the settings
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    trainer.optimizer.load_state_dict({"state": state if state[0] else {}, "param_groups": groups})
     if noted["scaler"]:
         trainer.scaler.load_state_dict(noted["scaler"])
     torch.set_rng_state(tensors["random"])
     if "random_device" in tensors and trainer.device.type != "cpu":
         torch.get_device_module(trainer.device).set_rng_state(tensors["random_device"])
-    trainer.part, trainer.best = noted["part"], chosen(tensors, "best")
+    if any(key.startswith("best") for key in tensors):
+        trainer.best = parted("best", tensors, half_weights(trainer.network))
+    trainer.part = noted["part"]
     return noted["history"]
 
 
-def chosen(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a kind, without its name before theirs."""
-    return {
-        key.removeprefix(f"{kind} "): value for key, value in tensors.items() if key.startswith(f"{kind} ")
-    }
+def joined(kind: str, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors one after another, as a vector for each of their types: {"<kind> <type>": (n,)}."""
+    flat: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flat.setdefault(tensor.dtype, []).append(tensor.detach().flatten())
+    return {f"{kind} {dtype}": torch.cat(some).cpu() for dtype, some in flat.items()}
+
+
+def parted(
+    kind: str, vectors: dict[str, torch.Tensor], like: dict[Any, torch.Tensor]
+) -> dict[Any, torch.Tensor]:
+    """Return what was joined as tensors of the names, shapes, types, layouts and devices of others.
+
+    The layout matters: the fused optimizer takes for granted that it is the weight's.
+    """
+    place: Counter[torch.dtype] = Counter()
+    found = {}
+    for name, model in like.items():
+        begins = place[model.dtype]
+        place[model.dtype] += model.numel()
+        piece = vectors[f"{kind} {model.dtype}"][begins : place[model.dtype]]
+        found[name] = torch.empty_like(model).copy_(piece.view(model.shape))
+    return found
 
 
 def read_metadata(content: bytes) -> dict[str, str]:

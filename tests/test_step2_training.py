@@ -193,7 +193,7 @@ def saved(tmp_path):
     """Return a trainer after a step, and its checkpoint."""
     trainer, path = make_trainer(), tmp_path / "checkpoint.pt"
     train_step(trainer, *some_batch(), 1e-3)
-    trainer.part = 3
+    trainer.part, trainer.best = 3, half_weights(trainer.network)
     save_checkpoint(path, trainer, [{"epoch": 1, "val_loss": 0.5}])
     return trainer, path
 
@@ -203,8 +203,21 @@ def test_checkpoint_brings_back_all_that_the_next_step_depends_on(saved):
     drawn, other = torch.rand(3), make_trainer()
     assert load_checkpoint(path, other) == [{"epoch": 1, "val_loss": 0.5}]
     assert torch.equal(torch.rand(3), drawn) and other.part == 3
+    assert list(other.best) == list(trainer.best)
+    assert all(torch.equal(value, other.best[name]) for name, value in trainer.best.items())
     for each in (trainer, other):
         train_step(each, *some_batch(), 1e-3)
+    assert torch.equal(trainer.network[1].weight, other.network[1].weight)
+
+
+def test_checkpoint_before_any_step_goes_on_as_well(tmp_path):
+    trainer, other = make_trainer(), make_trainer()
+    save_checkpoint(
+        tmp_path / "checkpoint.pt", trainer, [{"epoch": 1}]
+    )  # fp16 may skip an epoch's every step
+    assert load_checkpoint(tmp_path / "checkpoint.pt", other) == [{"epoch": 1}] and not other.best
+    train_step(other, *some_batch(), 1e-3)
+    train_step(trainer, *some_batch(), 1e-3)
     assert torch.equal(trainer.network[1].weight, other.network[1].weight)
 
 
