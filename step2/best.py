@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS
 from step2.estimates import Estimates
@@ -47,7 +48,9 @@ def best_of(
 def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int, draws: int) -> np.ndarray:
     """Return how far each difference may lie below what was seen, all at once in 95 %, float (pairs,).
 
-    Dunnett's one-sided quantile for these errors and correlations, by simulation. pairs: coefficients.
+    Dunnett's one-sided quantile for these correlations, by simulation; as the differences' degrees of freedom
+    are not the same, it is found for normal values and each difference takes its own t of that probability.
+    pairs: coefficients.
     """
     if found.freedom[0] + 1 < MIN_PATIENTS:
         return np.full(len(pairs), np.nan)
@@ -66,7 +69,6 @@ def _dunnett_reach(
     both = np.hypot(errors[:, 0], errors[:, 1])
     luck = found.training * found.share
     covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
-    rng, freedom = np.random.default_rng(seed), errors[:, 2].min()
     root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
-    largest = (root @ rng.normal(size=(len(pairs), draws))).max(0)
-    return both * np.quantile(largest / np.sqrt(rng.chisquare(freedom, draws) / freedom), 1 - ALPHA)
+    largest = (root @ np.random.default_rng(seed).normal(size=(len(pairs), draws))).max(0)
+    return both * stats.t.ppf(stats.norm.cdf(np.quantile(largest, 1 - ALPHA)), errors[:, 2])

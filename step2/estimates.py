@@ -26,7 +26,7 @@ from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids,
 # that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation, of eight
 # columns (tests/benchmarks/simulate_intervals.py): without it intervals are 11 % (3 folds) or 7 % (5) wider where
 # there is no noise; 0.3 leaves 7 to 8 % false positives where noise and patients weigh alike.
-CAUTION = 0.16
+CAUTION = 0.20
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimates:
 
     spread: the mean square of the interaction; sampling: the part of it that patients explain; NaN where the
     table can't tell (one variant, or one training of each). share: sum of the squared shares of a variant's trainings.
-    freedom: degrees, of patients and of the interaction.
+    freedom: degrees, of patients, of the interaction and of one variant's trainings.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Estimates:
     spread: float
     sampling: float
     share: float
-    freedom: tuple[int, int]
+    freedom: tuple[int, int, int]
 
     @property
     def training(self) -> float:
@@ -124,11 +124,13 @@ def satterthwaite(
     sampling: np.ndarray | float,
     luck: np.ndarray | float,
     spread: np.ndarray | float,
-    freedom: tuple[int, int],
+    freedom: tuple[int, int, int],
 ) -> np.ndarray:
     """Return the degrees of freedom of sampling + luck, variances from patients and from trainings.
 
-    spread: what luck was taken from, patients' part included. freedom: degrees of sampling and of spread.
+    spread: what luck was taken from, patients' part included. freedom: as of Estimates. Never fewer than the folds
+    of one variant have: where patients hardly move a contrast, as that of two near-twins, its error is the
+    luck alone, and Satterthwaite's degrees would fall below 1.
     """
     # luck is a difference, which is as unsure as what it was taken from
     doubt = np.where(np.greater(luck, 0), np.square(spread) / max(freedom[1], 1), 0.0)
@@ -149,12 +151,14 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
     covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
-    freedom = (k - 1) * (repeats * folds - 1)
+    trainings = repeats * folds - 1  # degrees of freedom
+    freedom = (k - 1) * trainings
     spread = interaction(cells) / freedom if freedom else np.nan
     sampling = explained_by_patients(cells, drawn, patients) / freedom if freedom else np.nan
     weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
-    return Estimates(tuple(names), values, covariance, spread, sampling, share, (patients - 1, freedom))
+    degrees = (patients - 1, freedom, trainings)
+    return Estimates(tuple(names), values, covariance, spread, sampling, share, degrees)
 
 
 def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:

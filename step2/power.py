@@ -68,8 +68,9 @@ def detectable_points(
     """
     if patients < MIN_PATIENTS or variants < 2:
         return np.nan
-    freedom = (patients - 1, (variants + control - 1) * (folds * repeats - 1))
-    luck = 2 * (training_sd / 100) ** 2 / (folds * repeats) if folds * repeats > 1 else 0.0
+    trainings = folds * repeats
+    freedom = (patients - 1, (variants + control - 1) * (trainings - 1), trainings - 1)
+    luck = 2 * (training_sd / 100) ** 2 / trainings if trainings > 1 else 0.0
     grouping = (1 + (slices - 1) * correlation) / (patients * slices)
     middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
     known = stats.chi2.ppf(middles, freedom[0])[:, None] / freedom[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from aa_pairs import check_seeds, pair_rows, read_seed, report, rms, rms_interval
+from aa_pairs import check_seeds, fold_rows, pair_rows, read_seed, report, rms, rms_interval
 from simulate_intervals import simulate
 
 
@@ -41,6 +41,30 @@ def test_errors_and_training_noise_of_simulated_trainings_are_right(tmp_path, ne
     assert rms(pairs["z"]) == pytest.approx(1, abs=0.25)
     assert np.sqrt(pairs["excess"].mean()) == pytest.approx(0.03, abs=0.006)
     assert (pairs["p_value"] < 0.05).mean() < 0.13
+
+
+def test_what_all_variants_of_a_seed_share_is_no_part_of_a_folds_difference(tmp_path):
+    """Trainings that differ by a shift of their own, and one that all of a seed and fold share."""
+    tables = [read_seed(path) for path in write_seeds(tmp_path, 8, 600, 0.04, new_folds=False)]
+    rng = np.random.default_rng(0)
+    for table in tables:
+        for _, rows in table.groupby("fold"):
+            some = rng.choice(
+                rows["image"].unique(), len(rows) // 3 // 8, replace=False
+            )  # an eighth turns wrong
+            turned = table["image"].isin(some) if rng.random() < 0.5 else table["image"].isin([])
+            table.loc[turned, "predicted"] = "none"
+    folds = fold_rows(tables)
+    assert len(folds) == 4 * 3 * 3
+    assert rms(folds["z"]) == pytest.approx(1, abs=0.3)
+    assert rms(folds["shared"]) > 2 * rms(folds["error"])
+    assert any("less what all variants share" in line for line in report(tables, pair_rows(tables, 100, disjoint=True)))
+
+
+def test_new_folds_have_no_difference_by_fold(tmp_path):
+    tables = [read_seed(path) for path in write_seeds(tmp_path, 2, 60, 0.0)]
+    assert fold_rows(tables).empty
+    assert not any("less what" in line for line in report(tables, pair_rows(tables, 100)))
 
 
 def test_report_counts_disjoint_pairs_only(tmp_path):

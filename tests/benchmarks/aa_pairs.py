@@ -12,7 +12,10 @@ With new folds the control fits into no cell of the first seed's table, so the t
 seed's variants alone, and only the patients' part comes from both. Disjoint pairs share no training: seeds 1 and
 2, 3 and 4, ..., each variant once; they are what is counted. All pairs are given beside them, without an interval,
 as they share trainings. Variants of one seed share folds and order of batches, so that their differences may move
-together; "together" is the variance of a pair of seeds' mean z over what independent variants would give.
+together; "together" is the variance of a pair of seeds' mean z over what independent variants would give. In a
+comparison, whose variants share the seed, that part cancels; between seeds it does not. So, where the folds are
+the same, each fold of each disjoint pair is given by itself as well, less the mean over variants: what is left
+is what a contrast of two variants meets, in three or five times as many differences.
 
 z is the standard normal value of a pair's p: its RMS is 1 where the intervals are right, over 1 where they promise
 too much. The plain quotient, difference over error, is given too: its RMS is over 1 even where all is right, as few
@@ -67,7 +70,7 @@ def one_pair(first: pd.DataFrame, second: pd.DataFrame, variant: str, draws: int
     of_first = first.loc[first["variant"] == variant, "fold"]
     if list(control["fold"]) != list(of_first):
         alone = compare(first, None, draws).found
-        degrees = (found.freedom[0], alone.freedom[1])
+        degrees = (found.freedom[0], *alone.freedom[1:])
         found = replace(found, spread=alone.spread, sampling=alone.sampling, freedom=degrees)
     return found.contrast(found.coefficients(control_pair)) | {"excess": found.spread - found.sampling}
 
@@ -88,6 +91,53 @@ def pair_rows(tables: Sequence[pd.DataFrame], draws: int, disjoint: bool = False
     return table.assign(quotient=table["difference"] / table["error"], z=z)
 
 
+def fold_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return each fold of the disjoint pairs less the mean over variants, DataFrame; no row where folds differ.
+
+    Columns: first, variant, fold, difference, error, z, shared (that mean). The error is that of patients within
+    the fold, and the training noise that contrast_table sees in the first seed's table.
+    """
+    rows: list[dict] = []
+    for first in range(0, len(tables) - 1, 2):
+        a, b = tables[first], tables[first + 1]
+        if not (a["fold"] == b["fold"]).all():
+            continue
+        luck = 2 * compare(a, None, 500).found.training
+        right = [(t["label"] == t["predicted"]).astype(float) for t in (a, b)]
+        for place, some in a.assign(apart=right[1] - right[0]).groupby(["variant", "repeat", "fold"]):
+            mean, patients = some["apart"].mean(), some["patient"].nunique()
+            moved = (some["apart"] - mean).groupby(some["patient"]).sum() / len(some)
+            variance = (moved**2).sum() * patients / (patients - 1)
+            found = {"first": first, "variant": place[0], "fold": place[1:], "difference": mean}
+            rows.append(found | {"error": np.sqrt(variance + luck), "freedom": patients - 1})
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    table["shared"] = table.groupby(["first", "fold"])["difference"].transform("mean")
+    k = table["variant"].nunique()
+    table["difference"] = (table["difference"] - table["shared"]) * np.sqrt(
+        k / (k - 1)
+    )  # the mean holds a part
+    t = table["difference"] / table["error"].where(table["error"] > 0)
+    return table.assign(z=np.sign(t) * stats.norm.isf(stats.t.sf(t.abs(), table["freedom"])))
+
+
+def in_folds(folds: pd.DataFrame) -> list[str]:
+    """Return what fold_rows says, lines; none of one variant, whose mean it is."""
+    if folds.empty or folds["variant"].nunique() == 1:
+        return []
+    z = folds["z"].dropna()
+    low, high = rms_interval(z)
+    k = folds["variant"].nunique()
+    shared = folds.groupby(["first", "fold"])["shared"].first()
+    beyond = (shared**2).mean() - (folds["difference"] ** 2).mean() / k  # what k variants' chance leaves
+    return [
+        f"{len(z)} folds of these, less what all variants share: z RMS {rms(z):.2f} ({low:.2f} to {high:.2f})",
+        f"  differences {100 * rms(folds['difference']):.2f} points RMS, errors {100 * rms(folds['error']):.2f}; "
+        f"shared by the variants of a seed: {100 * np.sqrt(max(beyond, 0) / 2):.2f} points a training",
+    ]
+
+
 def rms(values: pd.Series) -> float:
     """Return the root of the mean square."""
     return float(np.sqrt((values**2).mean()))
@@ -100,7 +150,7 @@ def rms_interval(z: pd.Series) -> tuple[float, float]:
 
 
 def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame) -> list[str]:
-    """Return what the pairs say, lines."""
+    """Return what the pairs and their folds say, lines."""
     one = tables[0]
     folds = [table.groupby("repeat")["fold"].nunique().max() for table in tables]
     known = pairs.dropna(subset="z")
@@ -130,6 +180,7 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame) -> list[str]:
         f"  difference over error, RMS {rms(counted['quotient']):.2f}",
         f"  differences {100 * rms(counted['difference']):.2f} points RMS, errors given "
         f"{100 * rms(counted['error']):.2f}; together {together:.1f}",
+        *in_folds(fold_rows(tables)),
         *(every if len(known) > n else []),
         f"SD of a training: {100 * sd:.2f} points, from the mean over seeds of what patients don't explain",
     ]

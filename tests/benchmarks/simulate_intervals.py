@@ -97,7 +97,8 @@ def linearised(names: list[str], right: np.ndarray, cells: Cells) -> Estimates:
     spread = interaction(means.T.reshape(k, *cells.shape)) / freedom
     share = float(((counts / len(right)) ** 2).sum())
     return Estimates(
-        tuple(names), values, covariance, float(spread), float(sampling), share, (n - 1, freedom)
+        *(tuple(names), values, covariance, float(spread), float(sampling), share),
+        (n - 1, freedom, places - 1),
     )
 
 
