@@ -1266,7 +1266,7 @@ def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
 
 def middle(picture: np.ndarray, row: sqlite3.Row, side: int) -> np.ndarray:
     """Return the square round the middle of the brain, in a picture that is cropped to it or is not."""
-    x0, y0, x1, y1 = [int(number) for number in row["crop"].split()] or (0, 0, row["columns"], row["rows"])
+    x0, y0, x1, y1 = map(int, row["crop"].split() or (0, 0, row["columns"], row["rows"]))
     if picture.shape[:2] == (y1 - y0, x1 - x0):
         x0, y0, x1, y1 = 0, 0, x1 - x0, y1 - y0
     left, top = max((x0 + x1 - side) // 2, 0), max((y0 + y1 - side) // 2, 0)

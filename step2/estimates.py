@@ -25,7 +25,7 @@ from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids,
 # The interaction has to exceed what patients explain by this part before training noise is seen in it: a variance
 # that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation, of eight
 # columns (tests/benchmarks/simulate_intervals.py): without it intervals are 11 % (3 folds) or 7 % (5) wider where
-# there is no noise; 0.3 leaves 7 to 8 % false positives where noise and patients weigh alike.
+# there is no noise; 0.3 leaves 6 to 7 % false positives where noise and patients weigh alike, 9 % of near-twins.
 CAUTION = 0.20
 
 
