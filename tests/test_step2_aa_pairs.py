@@ -58,7 +58,10 @@ def test_what_all_variants_of_a_seed_share_is_no_part_of_a_folds_difference(tmp_
     assert len(folds) == 4 * 3 * 3
     assert rms(folds["z"]) == pytest.approx(1, abs=0.3)
     assert rms(folds["shared"]) > 2 * rms(folds["error"])
-    assert any("less what all variants share" in line for line in report(tables, pair_rows(tables, 100, disjoint=True)))
+    assert any(
+        "less what all variants share" in line
+        for line in report(tables, pair_rows(tables, 100, disjoint=True))
+    )
 
 
 def test_new_folds_have_no_difference_by_fold(tmp_path):

@@ -118,7 +118,7 @@ def ways_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, C
 def against_a_bare_loop(args: argparse.Namespace, device: torch.device) -> None:
     """Print images/s of a profile's epochs, with loading, augmentation and checkpoint, and of a bare loop of
     forward, backward and step on the same network, its pictures on the device as it takes them."""
-    settings = read_settings({"profile": args.profile, "weights": "none", "processes": 1})
+    settings = read_settings({"profile": args.profile, "weights": "none"})
     torch.set_num_threads(settings.threads)
     speed, size, count = usual_speed(settings, device), settings.image_size, 2 * settings.batch_size
     bare, ours = (Trainer(settings, speed, 0.1, device, outputs=6) for _ in range(2))
