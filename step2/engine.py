@@ -287,7 +287,7 @@ class Progress:
             return
         total, here = self.epochs * self.runs, epochs - self.done_before
         left = (total - epochs) * (now - self.began) / max(here, 1e-9) / 60
-        print(f"{epochs:.0f} of {total} epochs, about {left:.0f} minutes left", flush=True)
+        print(f"{epochs:.0f} of {total} epochs, about {left:.1f} minutes left", flush=True)
 
     def close(self) -> None:
         """Leave the bar as it ended."""

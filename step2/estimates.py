@@ -25,7 +25,7 @@ from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids,
 # The interaction has to exceed what patients explain by this part before training noise is seen in it: a variance
 # that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation, of eight
 # columns (tests/benchmarks/simulate_intervals.py): without it intervals are 11 % (3 folds) or 7 % (5) wider where
-# there is no noise; 0.3 leaves 6 to 7 % false positives where noise and patients weigh alike, 9 % of near-twins.
+# there is no noise; at 0.3 near-twins have 9 % false positives where noise and patients weigh alike.
 CAUTION = 0.20
 
 
@@ -128,9 +128,9 @@ def satterthwaite(
 ) -> np.ndarray:
     """Return the degrees of freedom of sampling + luck, variances from patients and from trainings.
 
-    spread: what luck was taken from, patients' part included. freedom: as of Estimates. Never fewer than the folds
-    of one variant have: where patients hardly move a contrast, as that of two near-twins, its error is the
-    luck alone, and Satterthwaite's degrees would fall below 1.
+    spread: what luck was taken from, patients' part included. freedom: as of Estimates. Never fewer than a
+    variant's trainings less 1 (or patients less 1): where patients hardly move a contrast, as that of two
+    near-twins, its error is the luck alone, and Satterthwaite's degrees would fall below 1.
     """
     # luck is a difference, which is as unsure as what it was taken from
     doubt = np.where(np.greater(luck, 0), np.square(spread) / max(freedom[1], 1), 0.0)

@@ -276,7 +276,8 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
     As safetensors, in which nothing can be run, of a few long vectors: hundreds of small ones take much longer.
     """
     device, tensors = trainer.device, joined("model", trainer.network.state_dict().values())
-    moments = list(trainer.optimizer.state_dict()["state"].values())  # none, if fp16 skipped each step so far
+    state = trainer.optimizer.state_dict()["state"]  # empty, if fp16 skipped each step so far
+    moments = [state[number] for number in sorted(state)]
     for name in moments[0] if moments else ():
         tensors |= joined(f"optimizer {name}", (moment[name] for moment in moments))
     tensors |= joined("best", trainer.best.values()) | {"random": torch.get_rng_state()}

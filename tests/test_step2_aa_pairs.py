@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from aa_pairs import check_seeds, fold_rows, pair_rows, read_seed, report, rms, rms_interval
+from aa_pairs import check_seeds, fold_rows, less_shared, pair_rows, read_seed, report, rms, rms_interval
 from simulate_intervals import simulate
 
 
@@ -44,30 +44,34 @@ def test_errors_and_training_noise_of_simulated_trainings_are_right(tmp_path, ne
 
 
 def test_what_all_variants_of_a_seed_share_is_no_part_of_a_folds_difference(tmp_path):
-    """Trainings that differ by a shift of their own, and one that all of a seed and fold share."""
-    tables = [read_seed(path) for path in write_seeds(tmp_path, 8, 600, 0.04, new_folds=False)]
-    rng = np.random.default_rng(0)
-    for table in tables:
-        for _, rows in table.groupby("fold"):
-            some = rng.choice(
-                rows["image"].unique(), len(rows) // 3 // 8, replace=False
-            )  # an eighth turns wrong
-            turned = table["image"].isin(some) if rng.random() < 0.5 else table["image"].isin([])
-            table.loc[turned, "predicted"] = "none"
+    """Trainings of no shift; in every second table a third of each fold's slices turns wrong for all variants."""
+    tables = [read_seed(path) for path in write_seeds(tmp_path, 8, 600, 0.0, new_folds=False)]
+    for table in tables[1::2]:
+        table.loc[table["image"] % 3 == 0, "predicted"] = "none"
     folds = fold_rows(tables)
     assert len(folds) == 4 * 3 * 3
-    assert rms(folds["z"]) == pytest.approx(1, abs=0.3)
-    assert rms(folds["shared"]) > 2 * rms(folds["error"])
-    assert any(
-        "less what all variants share" in line
-        for line in report(tables, pair_rows(tables, 100, disjoint=True))
-    )
+    assert rms(folds["shared"]) == pytest.approx(0.2, abs=0.03)  # a third of 60 %
+    assert rms(folds["z"]) == pytest.approx(1, abs=0.35)  # with the shared part 3
+    said = report(tables, pair_rows(tables, 100, disjoint=True), 100)
+    assert sum("less what all variants of a seed share" in line for line in said) == 2
 
 
-def test_new_folds_have_no_difference_by_fold(tmp_path):
-    tables = [read_seed(path) for path in write_seeds(tmp_path, 2, 60, 0.0)]
-    assert fold_rows(tables).empty
-    assert not any("less what" in line for line in report(tables, pair_rows(tables, 100)))
+def test_differences_less_their_mean_by_hand():
+    rows = pd.DataFrame({"first": 0, "variant": list("abc"), "difference": [0.1, 0.2, 0.6]})
+    found = less_shared(rows, ["first"])
+    assert found["shared"].tolist() == pytest.approx([0.3] * 3)
+    assert found["difference"].tolist() == pytest.approx([1.5**0.5 * d for d in (-0.2, -0.1, 0.3)])
+
+
+def test_new_folds_or_one_variant_have_no_difference_by_fold(tmp_path):
+    for new_folds in (True, False):
+        folder = tmp_path / str(new_folds)
+        tables = [read_seed(path) for path in write_seeds(folder, 2, 60, 0.0, new_folds=new_folds)]
+        if not new_folds:
+            tables = [table[table["variant"] == "v0"].reset_index(drop=True) for table in tables]
+        assert fold_rows(tables).empty
+        said = report(tables, pair_rows(tables, 100), 100)
+        assert not any("folds of pairs" in line for line in said)
 
 
 def test_report_counts_disjoint_pairs_only(tmp_path):

@@ -142,13 +142,14 @@ def some_estimates(values, error=0.01, training=0.0) -> Estimates:
     return Estimates(names, np.array(values), covariance, 2 * training, sampling, 0.25, (499, 20, 4))
 
 
-def test_error_adds_both_sources_and_freedom_lies_between_theirs():
+def test_error_adds_both_sources_and_freedom_follows_from_both():
     found = some_estimates([0.5, 0.6], error=0.01, training=0.0004)
     row = found.contrast(found.coefficients([("v1", "v0")]))
     assert row["patient_error"] == pytest.approx(0.01 * 2**0.5)
     assert row["training_error"] == pytest.approx((0.0004 * 0.25 * 2) ** 0.5)
     assert row["error"] == pytest.approx(np.hypot(row["patient_error"], row["training_error"]))
-    assert 4 < row["freedom"] < 499
+    both, doubt = 0.0002 + 0.0002, 0.0004  # patients and luck; the interaction that luck was taken from
+    assert row["freedom"] == pytest.approx(both**2 / (0.0002**2 / 499 + doubt**2 / 20))
     quiet = some_estimates([0.5, 0.6], error=0.001, training=0.0004)
     degrees = quiet.errors(quiet.coefficients([("v1", "v0")]))[2]
     assert degrees == pytest.approx(20 * (0.0002 / 0.0004) ** 2, rel=0.05)  # of luck alone, a difference
@@ -181,6 +182,16 @@ def test_dunnett_quantile_agrees_with_its_published_value():
     found = some_estimates([0.5, 0.5, 0.5])
     one_sided = best_of(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / (0.01 * 2**0.5)
     assert one_sided == pytest.approx(1.92, abs=0.03)
+
+
+def test_a_variant_hard_to_tell_from_its_twin_widens_no_other_interval():
+    """v2 and v3 differ by training noise alone, of which little is known; v0 and v1 as in a table without them."""
+    lone = some_estimates([0.5, 0.6, 0.55], error=0.01, training=0.0002)
+    near = some_estimates([0.5, 0.6, 0.55, 0.55], error=0.01, training=0.0002)
+    near.patients[2:, 2:] = 1e-4 * np.array([[1, 0.9999], [0.9999, 1]])
+    ends = [best_of(found, found.names).set_index("variant")["ci_high"] for found in (lone, near)]
+    assert near.errors(near.coefficients([("v2", "v3")]))[2] < 6
+    assert ends[1]["v0"] == pytest.approx(ends[0]["v0"], abs=0.004)
 
 
 def test_a_clear_winner_is_alone_in_the_best_set():

@@ -192,8 +192,8 @@ def test_network_that_can_not_be_timed_at_all_is_an_error(monkeypatch, message):
 def saved(tmp_path):
     """Return a trainer after a step, and its checkpoint."""
     trainer, path = make_trainer(), tmp_path / "checkpoint.pt"
-    train_step(trainer, *some_batch(), 1e-3)
     trainer.part, trainer.best = 3, half_weights(trainer.network)
+    train_step(trainer, *some_batch(), 1e-3)
     save_checkpoint(path, trainer, [{"epoch": 1, "val_loss": 0.5}])
     return trainer, path
 

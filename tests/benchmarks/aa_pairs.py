@@ -13,9 +13,9 @@ seed's variants alone, and only the patients' part comes from both. Disjoint pai
 2, 3 and 4, ..., each variant once; they are what is counted. All pairs are given beside them, without an interval,
 as they share trainings. Variants of one seed share folds and order of batches, so that their differences may move
 together; "together" is the variance of a pair of seeds' mean z over what independent variants would give. In a
-comparison, whose variants share the seed, that part cancels; between seeds it does not. So, where the folds are
-the same, each fold of each disjoint pair is given by itself as well, less the mean over variants: what is left
-is what a contrast of two variants meets, in three or five times as many differences.
+comparison, whose variants share the seed, that part cancels; between seeds it does not. So the disjoint pairs are
+given less the mean over variants as well and, where the folds are the same, each of their folds by itself: several
+times as many differences, of trainings that share nothing but patients.
 
 z is the standard normal value of a pair's p: its RMS is 1 where the intervals are right, over 1 where they promise
 too much. The plain quotient, difference over error, is given too: its RMS is over 1 even where all is right, as few
@@ -35,7 +35,8 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from step2.bootstrap import ALPHA
+from step2.bootstrap import ALPHA, patient_ids
+from step2.estimates import satterthwaite
 from step2.statistics import compare
 
 COLUMNS = ["variant", "repeat", "fold", "patient", "image", "label", "predicted"]
@@ -91,51 +92,74 @@ def pair_rows(tables: Sequence[pd.DataFrame], draws: int, disjoint: bool = False
     return table.assign(quotient=table["difference"] / table["error"], z=z)
 
 
+def less_shared(rows: pd.DataFrame, place: list[str]) -> pd.DataFrame:
+    """Return differences less the mean over the variants of each place, and that mean as shared; none of one variant.
+
+    Scaled by sqrt(k / (k - 1)), as the mean of k variants holds a part of each.
+    """
+    k = rows["variant"].nunique() if len(rows) else 0
+    if k < 2:
+        return rows.iloc[:0].assign(shared=np.nan)
+    shared = rows.groupby(place)["difference"].transform("mean")
+    return rows.assign(shared=shared, difference=(rows["difference"] - shared) * np.sqrt(k / (k - 1)))
+
+
 def fold_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Return each fold of the disjoint pairs less the mean over variants, DataFrame; no row where folds differ.
 
-    Columns: first, variant, fold, difference, error, z, shared (that mean). The error is that of patients within
-    the fold, and the training noise that contrast_table sees in the first seed's table.
+    Columns: first, place (repeat and fold), variant, difference, error, freedom, shared, z. The error is that of
+    patients within the fold, and the training noise that contrast_table sees in the first seed's table.
     """
     rows: list[dict] = []
     for first in range(0, len(tables) - 1, 2):
         a, b = tables[first], tables[first + 1]
         if not (a["fold"] == b["fold"]).all():
             continue
-        luck = 2 * compare(a, None, 500).found.training
-        right = [(t["label"] == t["predicted"]).astype(float) for t in (a, b)]
-        for place, some in a.assign(apart=right[1] - right[0]).groupby(["variant", "repeat", "fold"]):
-            mean, patients = some["apart"].mean(), some["patient"].nunique()
-            moved = (some["apart"] - mean).groupby(some["patient"]).sum() / len(some)
-            variance = (moved**2).sum() * patients / (patients - 1)
-            found = {"first": first, "variant": place[0], "fold": place[1:], "difference": mean}
-            rows.append(found | {"error": np.sqrt(variance + luck), "freedom": patients - 1})
+        found = compare(a, None, 500).found
+        apart = (b["label"] == b["predicted"]).astype(float) - (a["label"] == a["predicted"])
+        slices = less_shared(a.assign(difference=apart, patient=patient_ids(a)), ["repeat", "image"])
+        for (variant, *place), some in slices.groupby(["variant", "repeat", "fold"]):
+            mean, patients = some["difference"].mean(), some["patient"].nunique()
+            moved = (some["difference"] - mean).groupby(some["patient"]).sum() / len(some)
+            sampling, luck = np.nan, 2 * found.training
+            if patients > 1 and (moved**2).sum() > 0:
+                sampling = (moved**2).sum() * patients / (patients - 1)
+            degrees = satterthwaite(sampling, luck, 2 * found.spread, (patients - 1, *found.freedom[1:]))
+            row = {"first": first, "place": tuple(place), "variant": variant, "difference": mean}
+            row |= {"error": np.sqrt(sampling + luck), "freedom": float(degrees)}
+            rows.append(row | {"shared": some["shared"].mean()})
     table = pd.DataFrame(rows)
     if table.empty:
         return table
-    table["shared"] = table.groupby(["first", "fold"])["difference"].transform("mean")
-    k = table["variant"].nunique()
-    table["difference"] = (table["difference"] - table["shared"]) * np.sqrt(
-        k / (k - 1)
-    )  # the mean holds a part
-    t = table["difference"] / table["error"].where(table["error"] > 0)
-    return table.assign(z=np.sign(t) * stats.norm.isf(stats.t.sf(t.abs(), table["freedom"])))
+    t = table["difference"] / table["error"]
+    return table.assign(z=np.sign(t) * z_of(t, table["freedom"]))
 
 
-def in_folds(folds: pd.DataFrame) -> list[str]:
-    """Return what fold_rows says, lines; none of one variant, whose mean it is."""
-    if folds.empty or folds["variant"].nunique() == 1:
-        return []
-    z = folds["z"].dropna()
-    low, high = rms_interval(z)
-    k = folds["variant"].nunique()
-    shared = folds.groupby(["first", "fold"])["shared"].first()
-    beyond = (shared**2).mean() - (folds["difference"] ** 2).mean() / k  # what k variants' chance leaves
-    return [
-        f"{len(z)} folds of these, less what all variants share: z RMS {rms(z):.2f} ({low:.2f} to {high:.2f})",
-        f"  differences {100 * rms(folds['difference']):.2f} points RMS, errors {100 * rms(folds['error']):.2f}; "
-        f"shared by the variants of a seed: {100 * np.sqrt(max(beyond, 0) / 2):.2f} points a training",
-    ]
+def beyond_shared(tables: Sequence[pd.DataFrame], counted: pd.DataFrame) -> list[str]:
+    """Return what is left of pairs and of their folds less what all variants of a seed share, lines.
+
+    counted: the disjoint pairs.
+    """
+    lines = []
+    whole, folds = less_shared(counted, ["first"]), fold_rows(tables)
+    z = np.sign(whole["difference"]) * z_of(whole["difference"] / whole["error"], whole["freedom"])
+    for name, rows in (("pairs", whole.assign(z=z)), ("folds of pairs", folds)):
+        if rows.empty:
+            continue
+        rows = rows.dropna(subset="z")
+        k = rows["variant"].nunique()
+        low, high = rms_interval(rows["z"], len(rows) * (k - 1) // k)
+        lines.append(
+            f"{len(rows)} {name} less what all variants of a seed share: z RMS {rms(rows['z']):.2f} "
+            f"({low:.2f} to {high:.2f}), differences {100 * rms(rows['difference']):.2f} points RMS, "
+            f"errors {100 * rms(rows['error']):.2f}, shared {100 * rms(rows['shared']):.2f}"
+        )
+    return lines
+
+
+def z_of(t: pd.Series, freedom: pd.Series) -> pd.Series:
+    """Return the size of the normal value of the same probability as Student's t."""
+    return pd.Series(stats.norm.isf(stats.t.sf(t.abs(), freedom)), t.index)
 
 
 def rms(values: pd.Series) -> float:
@@ -143,13 +167,14 @@ def rms(values: pd.Series) -> float:
     return float(np.sqrt((values**2).mean()))
 
 
-def rms_interval(z: pd.Series) -> tuple[float, float]:
-    """Return the 95 % interval of independent values' root mean square, by chi-squared."""
-    low, high = np.sqrt(len(z) / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], len(z)))
+def rms_interval(z: pd.Series, freedom: int | None = None) -> tuple[float, float]:
+    """Return the 95 % interval of a root mean square, by chi-squared; freedom: where values are not independent."""
+    freedom = freedom or len(z)
+    low, high = np.sqrt(freedom / stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], freedom))
     return rms(z) * low, rms(z) * high
 
 
-def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame) -> list[str]:
+def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame, draws: int = 2000) -> list[str]:
     """Return what the pairs and their folds say, lines."""
     one = tables[0]
     folds = [table.groupby("repeat")["fold"].nunique().max() for table in tables]
@@ -168,7 +193,8 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame) -> list[str]:
     ends = proportion_confint(wrong, n, ALPHA, method="beta")
     per_seeds = counted.groupby("first")["z"]
     together = float((per_seeds.mean() ** 2 * per_seeds.size()).mean()) / rms(counted["z"]) ** 2
-    sd = np.sqrt(max(pairs.groupby("first")["excess"].mean().mean(), 0))
+    excess = [found.spread - found.sampling for found in (compare(t, None, draws).found for t in tables)]
+    sd = np.sqrt(max(np.mean(excess), 0))
     every = [
         f"all {len(known)} pairs, which share trainings: z RMS {rms(known['z']):.2f}, "
         f"false positives {100 * (known['p_value'] < ALPHA).mean():.1f} %"
@@ -180,7 +206,7 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame) -> list[str]:
         f"  difference over error, RMS {rms(counted['quotient']):.2f}",
         f"  differences {100 * rms(counted['difference']):.2f} points RMS, errors given "
         f"{100 * rms(counted['error']):.2f}; together {together:.1f}",
-        *in_folds(fold_rows(tables)),
+        *beyond_shared(tables, counted),
         *(every if len(known) > n else []),
         f"SD of a training: {100 * sd:.2f} points, from the mean over seeds of what patients don't explain",
     ]
@@ -197,7 +223,7 @@ def main() -> None:
     args = parser.parse_args()
     tables = [read_seed(folder) for folder in args.folders]
     check_seeds(tables)
-    print(*report(tables, pair_rows(tables, args.draws, args.disjoint)), sep="\n")
+    print(*report(tables, pair_rows(tables, args.draws, args.disjoint), args.draws), sep="\n")
 
 
 if __name__ == "__main__":

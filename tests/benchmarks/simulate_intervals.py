@@ -13,7 +13,8 @@ Printed for each setting, in % of the tables, for six contrasts with the first v
 a single contrast; alone, the same for an error of patients alone, which takes the trained networks as given;
 twins, false positives of variant 2 against 3; family, Holm's family-wise error, and that of patients alone;
 covered, intervals that hold a true difference of 5 points; best, best sets that hold the variant that is truly
-best, by 2 points; width, of an interval over that of patients alone; SD found, of a training, points.
+best, by 2 points; width, of an interval over that of patients alone, and of the twins'; SD found, of a training,
+points.
 """
 
 import argparse
@@ -118,9 +119,13 @@ def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
 
 
 def patients_alone(row: dict, freedom: int) -> dict[str, float]:
-    """Return p and the interval's width of a contrast, had it no error but that of the patients."""
-    p = 2 * special.stdtr(freedom, -abs(row["difference"]) / row["patient_error"])
-    return {"p_value": p, "width": 2 * special.stdtrit(freedom, 0.975) * row["patient_error"]}
+    """Return the p of a contrast, had it no error but that of the patients."""
+    return {"p_value": 2 * special.stdtr(freedom, -abs(row["difference"]) / row["patient_error"])}
+
+
+def width_of(row: dict, freedom: int) -> tuple[float, float]:
+    """Return the width of a contrast's interval, and of one that has no error but that of the patients."""
+    return row["ci_high"] - row["ci_low"], 2 * special.stdtrit(freedom, 0.975) * row["patient_error"]
 
 
 def one_setting(
@@ -129,8 +134,8 @@ def one_setting(
     """Return what the docstring lists, for one setting, as a dict."""
     rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal, seed])
     names = [f"v{i}" for i in range(VARIANTS)]
-    known: dict[str, list] = {key: [] for key in (
-        "one", "alone", "twins", "family", "family alone", "covered", "best", "width", "sd")}  # fmt: skip
+    shares = ("one", "alone", "twins", "family", "family alone", "covered", "best")
+    known: dict[str, list] = {key: [] for key in (*shares, "width", "twins width", "sd")}
     for number in range(tables):
         gain = 0.05 * (number % 2)  # every second table has a true difference
         gains = np.r_[0, np.full(VARIANTS - 1, gain)]
@@ -138,9 +143,8 @@ def one_setting(
         found = estimates([*names, "control"], rows, right, draws, number)
         both, twins = contrasts(found, names)
         alone = [patients_alone(row, found.freedom[0]) for row in both]
-        known["width"] += [
-            (row["ci_high"] - row["ci_low"], other["width"]) for row, other in zip(both, alone, strict=True)
-        ]
+        known["width"] += [width_of(row, found.freedom[0]) for row in both]
+        known["twins width"].append(width_of(twins, found.freedom[0]))
         known["sd"].append(found.spread - found.sampling)
         known["twins"].append(twins["p_value"] < 0.05)
         if gain:
@@ -155,10 +159,11 @@ def one_setting(
             p = pd.Series([row["p_value"] for row in several])
             known[key] += list(p < 0.05)
             known["family" if key == "one" else "family alone"].append((holm(p) <= 0.05).any())
-    width = np.mean(known.pop("width"), axis=0)
-    spread = np.sqrt(max(np.mean(known.pop("sd")), 0))
-    shares = {key: 100 * float(np.mean(values)) for key, values in known.items()}
-    return shares | {"width": float(width[0] / width[1]), "sd": 100 * float(spread)}
+    widths = {key: np.mean(known[key], axis=0) for key in ("width", "twins width")}
+    spread = np.sqrt(max(np.mean(known["sd"]), 0))
+    percent = {key: 100 * float(np.mean(known[key])) for key in shares}
+    ratios = {key: float(ours / patients) for key, (ours, patients) in widths.items()}
+    return percent | ratios | {"sd": 100 * float(spread)}
 
 
 def main() -> None:
@@ -174,7 +179,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
     args = parser.parse_args()
-    print("patients folds SD | one  alone twins family alone | covered best | width SD found", flush=True)
+    print("patients folds SD | one  alone twins family alone | covered best | width twins | SD", flush=True)
     for patients in args.patients:
         for folds in args.folds:
             for sd in args.sd:
@@ -182,7 +187,7 @@ def main() -> None:
                 print(
                     f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
                     f"{r['family']:6.1f} {r['family alone']:5.1f} | {r['covered']:7.1f} {r['best']:4.1f} | "
-                    f"{r['width']:5.3f} {r['sd']:.2f}",
+                    f"{r['width']:5.3f} {r['twins width']:5.3f} | {r['sd']:.2f}",
                     flush=True,
                 )
 
