@@ -194,7 +194,7 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame, draws: int = 200
     per_seeds = counted.groupby("first")["z"]
     together = float((per_seeds.mean() ** 2 * per_seeds.size()).mean()) / rms(counted["z"]) ** 2
     excess = [found.spread - found.sampling for found in (compare(t, None, draws).found for t in tables)]
-    sd = np.sqrt(max(np.mean(excess), 0))
+    sd = np.sqrt(max(float(np.mean(excess)), 0.0))
     every = [
         f"all {len(known)} pairs, which share trainings: z RMS {rms(known['z']):.2f}, "
         f"false positives {100 * (known['p_value'] < ALPHA).mean():.1f} %"
