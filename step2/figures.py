@@ -132,7 +132,7 @@ def draw_learning(
 
     learning: the variants that did not converge, which their titles say.
     """
-    inches = (1.55 * len(variants) + 1.2, 3.8)
+    inches = (1.55 * len(variants) + 2.0, 3.8)
     how: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": "row", "layout": "constrained"}
     figure, axes = plt.subplots(2, len(variants), figsize=inches, **how)
     for (loss, accuracy), variant in zip(axes.T, variants, strict=True):
@@ -147,8 +147,8 @@ def draw_learning(
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
     axes[0, 0].set(ylabel="log loss", ylim=(0, min(history["val_loss"].max() * 1.05, 4)))
     axes[1, 0].set(ylabel="accuracy")
-    for axis in axes[:, 0]:
-        axis.legend(fontsize=7)
+    for axis in axes[:, -1]:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
