@@ -30,7 +30,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.pictures import Pictures, augment, load, read_png, shuffled
 from step2.settings import Settings, read_settings
-from step2.speed import measure_speed, usual_speed, why_not_compile
+from step2.speed import measure_speed, prepare_process, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, save_checkpoint, train_epoch, train_step
 
 OPTIONS = ("SiLU", "bf16", "channels_last", "fused", "compile")
@@ -119,7 +119,8 @@ def against_a_bare_loop(args: argparse.Namespace, device: torch.device) -> None:
     """Print images/s of a profile's epochs, with loading, augmentation and checkpoint, and of a bare loop of
     forward, backward and step on the same network, its pictures on the device as it takes them."""
     settings = read_settings({"profile": args.profile, "weights": "none"})
-    torch.set_num_threads(settings.threads)
+    prepare_process(settings, device)  # as the processes that train are
+    cv2.setNumThreads(0)
     speed, size, count = usual_speed(settings, device), settings.image_size, 2 * settings.batch_size
     bare, ours = (Trainer(settings, speed, 0.1, device, outputs=6) for _ in range(2))
     ready = bare.to_device(torch.randint(256, (settings.batch_size, 1, size, size), dtype=torch.uint8))
