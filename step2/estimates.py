@@ -151,13 +151,13 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
     covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
-    trainings = repeats * folds - 1  # degrees of freedom
-    freedom = (k - 1) * trainings
+    trainings = repeats * folds
+    freedom = (k - 1) * (trainings - 1)
     spread = interaction(cells) / freedom if freedom else np.nan
     sampling = explained_by_patients(cells, drawn, patients) / freedom if freedom else np.nan
     weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
-    degrees = (patients - 1, freedom, trainings)
+    degrees = (patients - 1, freedom, trainings - 1)
     return Estimates(tuple(names), values, covariance, spread, sampling, share, degrees)
 
 

@@ -5,7 +5,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from aa_pairs import check_seeds, fold_rows, less_shared, pair_rows, read_seed, report, rms, rms_interval
+from aa_pairs import (
+    check_seeds,
+    fold_rows,
+    less_shared,
+    pair_rows,
+    read_seed,
+    report,
+    rms,
+    rms_interval,
+    training_sd,
+)
 from simulate_intervals import simulate
 
 
@@ -31,15 +41,16 @@ def write_seeds(
 
 @pytest.mark.parametrize("new_folds", [False, True])
 def test_errors_and_training_noise_of_simulated_trainings_are_right(tmp_path, new_folds):
-    parts = []
+    parts, variances = [], []
     for luck in range(4):  # patients of their own in each, 4 disjoint pairs of seeds
         tables = [read_seed(p) for p in write_seeds(tmp_path / str(luck), 8, 400, 0.03, new_folds, luck)]
         check_seeds(tables)
         parts.append(pair_rows(tables, draws=100, disjoint=True))
+        variances.append(training_sd(tables, draws=100) ** 2)
     pairs = pd.concat(parts)
     assert len(pairs) == 4 * 4 * 3
     assert rms(pairs["z"]) == pytest.approx(1, abs=0.25)
-    assert np.sqrt(pairs["excess"].mean()) == pytest.approx(0.03, abs=0.006)
+    assert np.sqrt(np.mean(variances)) == pytest.approx(0.03, abs=0.006)
     assert (pairs["p_value"] < 0.05).mean() < 0.13
 
 

@@ -211,10 +211,9 @@ def test_checkpoint_brings_back_all_that_the_next_step_depends_on(saved):
 
 
 def test_checkpoint_before_any_step_goes_on_as_well(tmp_path):
+    """As where fp16 has skipped every step of the first epoch."""
     trainer, other = make_trainer(), make_trainer()
-    save_checkpoint(
-        tmp_path / "checkpoint.pt", trainer, [{"epoch": 1}]
-    )  # fp16 may skip an epoch's every step
+    save_checkpoint(tmp_path / "checkpoint.pt", trainer, [{"epoch": 1}])
     assert load_checkpoint(tmp_path / "checkpoint.pt", other) == [{"epoch": 1}] and not other.best
     train_step(other, *some_batch(), 1e-3)
     train_step(trainer, *some_batch(), 1e-3)

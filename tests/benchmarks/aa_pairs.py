@@ -73,13 +73,13 @@ def one_pair(first: pd.DataFrame, second: pd.DataFrame, variant: str, draws: int
         alone = compare(first, None, draws).found
         degrees = (found.freedom[0], *alone.freedom[1:])
         found = replace(found, spread=alone.spread, sampling=alone.sampling, freedom=degrees)
-    return found.contrast(found.coefficients(control_pair)) | {"excess": found.spread - found.sampling}
+    return found.contrast(found.coefficients(control_pair))
 
 
 def pair_rows(tables: Sequence[pd.DataFrame], draws: int, disjoint: bool = False) -> pd.DataFrame:
     """Return all pairs, or the disjoint ones alone, DataFrame.
 
-    Columns: first, second, variant, disjoint, difference, error, p_value, excess, quotient, z.
+    Columns: first, second, variant, disjoint, difference, error, freedom, p_value, quotient, z.
     """
     rows = []
     for first, second in combinations(range(len(tables)), 2):
@@ -88,8 +88,8 @@ def pair_rows(tables: Sequence[pd.DataFrame], draws: int, disjoint: bool = False
             row = {"first": first, "second": second, "variant": variant, "disjoint": apart}
             rows.append(row | one_pair(tables[first], tables[second], variant, draws))
     table = pd.DataFrame(rows)
-    z = np.sign(table["difference"]) * stats.norm.isf(table["p_value"] / 2)
-    return table.assign(quotient=table["difference"] / table["error"], z=z)
+    quotient = table["difference"] / table["error"]
+    return table.assign(quotient=quotient, z=z_of(quotient, table["freedom"]))
 
 
 def less_shared(rows: pd.DataFrame, place: list[str]) -> pd.DataFrame:
@@ -131,8 +131,7 @@ def fold_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if table.empty:
         return table
-    t = table["difference"] / table["error"]
-    return table.assign(z=np.sign(t) * z_of(t, table["freedom"]))
+    return table.assign(z=z_of(table["difference"] / table["error"], table["freedom"]))
 
 
 def beyond_shared(tables: Sequence[pd.DataFrame], counted: pd.DataFrame) -> list[str]:
@@ -142,9 +141,9 @@ def beyond_shared(tables: Sequence[pd.DataFrame], counted: pd.DataFrame) -> list
     """
     lines = []
     whole, folds = less_shared(counted, ["first"]), fold_rows(tables)
-    z = np.sign(whole["difference"]) * z_of(whole["difference"] / whole["error"], whole["freedom"])
-    for name, rows in (("pairs", whole.assign(z=z)), ("folds of pairs", folds)):
-        if rows.empty:
+    whole["z"] = z_of(whole["difference"] / whole["error"], whole["freedom"])
+    for name, rows in (("pairs", whole), ("folds of pairs", folds)):
+        if rows.empty or rows["z"].isna().all():
             continue
         rows = rows.dropna(subset="z")
         k = rows["variant"].nunique()
@@ -158,8 +157,14 @@ def beyond_shared(tables: Sequence[pd.DataFrame], counted: pd.DataFrame) -> list
 
 
 def z_of(t: pd.Series, freedom: pd.Series) -> pd.Series:
-    """Return the size of the normal value of the same probability as Student's t."""
-    return pd.Series(stats.norm.isf(stats.t.sf(t.abs(), freedom)), t.index)
+    """Return the standard normal value of the same probability as Student's t, signed."""
+    return np.sign(t) * stats.norm.isf(stats.t.sf(t.abs(), freedom))
+
+
+def training_sd(tables: Sequence[pd.DataFrame], draws: int) -> float:
+    """Return the SD of a training, accuracy, from the mean over seeds of what patients don't explain."""
+    seeds = [compare(table, None, draws).found for table in tables]
+    return max(float(np.mean([found.spread - found.sampling for found in seeds])), 0.0) ** 0.5
 
 
 def rms(values: pd.Series) -> float:
@@ -193,8 +198,6 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame, draws: int = 200
     ends = proportion_confint(wrong, n, ALPHA, method="beta")
     per_seeds = counted.groupby("first")["z"]
     together = float((per_seeds.mean() ** 2 * per_seeds.size()).mean()) / rms(counted["z"]) ** 2
-    excess = [found.spread - found.sampling for found in (compare(t, None, draws).found for t in tables)]
-    sd = np.sqrt(max(float(np.mean(excess)), 0.0))
     every = [
         f"all {len(known)} pairs, which share trainings: z RMS {rms(known['z']):.2f}, "
         f"false positives {100 * (known['p_value'] < ALPHA).mean():.1f} %"
@@ -208,7 +211,7 @@ def report(tables: Sequence[pd.DataFrame], pairs: pd.DataFrame, draws: int = 200
         f"{100 * rms(counted['error']):.2f}; together {together:.1f}",
         *beyond_shared(tables, counted),
         *(every if len(known) > n else []),
-        f"SD of a training: {100 * sd:.2f} points, from the mean over seeds of what patients don't explain",
+        f"SD of a training: {100 * training_sd(tables, draws):.2f} points",
     ]
 
 

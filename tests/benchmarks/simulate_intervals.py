@@ -7,9 +7,9 @@ A probit model: a slice is right where a normal score lies below a threshold. Th
 patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the call's
 own. Each training (variant, fold) shifts the threshold by chance, by an SD of so many points of accuracy near
 its 60 %. Seven variants and a control, patients of 1 to 3 slices. --unequal: variants 2 and 3 are twins, which
-share most of what is their own, as CLAHE and CLAHE + bilateral do.
+share most of what is their own, as CLAHE and CLAHE + bilateral do. --variants: only the first ones and the control.
 
-Printed for each setting, in % of the tables, for six contrasts with the first variant: one, false positives of
+Printed for each setting, in % of the tables, for the contrasts with the first variant: one, false positives of
 a single contrast; alone, the same for an error of patients alone, which takes the trained networks as given;
 twins, false positives of variant 2 against 3; family, Holm's family-wise error, and that of patients alone;
 covered, intervals that hold a true difference of 5 points; best, best sets that hold the variant that is truly
@@ -112,10 +112,10 @@ def estimates(names: list[str], rows: pd.DataFrame, right: np.ndarray, draws: in
     return linearised(names, right, Cells(patient, repeat * shape[1] + fold, shape))
 
 
-def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], dict]:
-    """Return the six contrasts with the first variant, and that of the twins."""
+def contrasts(found: Estimates, names: list[str]) -> tuple[list[dict], list[dict]]:
+    """Return the contrasts with the first variant, and that of the twins, if they are there."""
     against = [found.contrast(found.coefficients([(name, names[0])])) for name in names[1:]]
-    return against, found.contrast(found.coefficients([(names[2], names[3])]))
+    return against, [found.contrast(found.coefficients([(names[2], names[3])]))] if len(names) > 3 else []
 
 
 def patients_alone(row: dict, freedom: int) -> dict[str, float]:
@@ -129,39 +129,50 @@ def width_of(row: dict, freedom: int) -> tuple[float, float]:
 
 
 def one_setting(
-    patients: int, folds: int, sd: float, tables: int, draws: int, unequal: bool, seed: int = 0
+    patients: int,
+    folds: int,
+    sd: float,
+    tables: int,
+    draws: int,
+    unequal: bool,
+    seed: int = 0,
+    variants: int = VARIANTS,
+    repeats: int = 1,
 ) -> dict[str, float]:
     """Return what the docstring lists, for one setting, as a dict."""
     rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal, seed])
-    names = [f"v{i}" for i in range(VARIANTS)]
+    names, columns = [f"v{i}" for i in range(variants)], [*range(variants), VARIANTS]
+    best_one = min(4, variants - 1)
+
+    def one_table(gains: np.ndarray, number: int) -> Estimates:
+        rows, right = simulate(rng, patients, folds, sd, gains, unequal, repeats)
+        return estimates([*names, "control"], rows, right[:, columns], draws, number)
+
     shares = ("one", "alone", "twins", "family", "family alone", "covered", "best")
     known: dict[str, list] = {key: [] for key in (*shares, "width", "twins width", "sd")}
     for number in range(tables):
         gain = 0.05 * (number % 2)  # every second table has a true difference
         gains = np.r_[0, np.full(VARIANTS - 1, gain)]
-        rows, right = simulate(rng, patients, folds, sd, gains, unequal)
-        found = estimates([*names, "control"], rows, right, draws, number)
+        found = one_table(gains, number)
         both, twins = contrasts(found, names)
         alone = [patients_alone(row, found.freedom[0]) for row in both]
         known["width"] += [width_of(row, found.freedom[0]) for row in both]
-        known["twins width"].append(width_of(twins, found.freedom[0]))
+        known["twins width"] += [width_of(row, found.freedom[0]) for row in twins]
         known["sd"].append(found.spread - found.sampling)
-        known["twins"].append(twins["p_value"] < 0.05)
+        known["twins"] += [row["p_value"] < 0.05 for row in twins]
         if gain:
             known["covered"] += [row["ci_low"] <= gain <= row["ci_high"] for row in both]
-            rise = 0.02 * (np.arange(VARIANTS) == 4)  # one is truly the best, by little
-            better = simulate(rng, patients, folds, sd, rise, unequal)
-            guess = estimates([*names, "control"], *better, draws, number)
+            guess = one_table(0.02 * (np.arange(VARIANTS) == best_one), number)  # truly the best, by little
             best = best_of(guess, names, number, BEST_DRAWS).set_index("variant")
-            known["best"].append(best.loc["v4", "in_best_set"])
+            known["best"].append(best.loc[names[best_one], "in_best_set"])
             continue
         for key, several in (("one", both), ("alone", alone)):
             p = pd.Series([row["p_value"] for row in several])
             known[key] += list(p < 0.05)
             known["family" if key == "one" else "family alone"].append((holm(p) <= 0.05).any())
-    widths = {key: np.mean(known[key], axis=0) for key in ("width", "twins width")}
+    widths = {key: np.mean(known[key] or [(np.nan, 1)], axis=0) for key in ("width", "twins width")}
     spread = np.sqrt(max(np.mean(known["sd"]), 0))
-    percent = {key: 100 * float(np.mean(known[key])) for key in shares}
+    percent = {key: 100 * float(np.mean(known[key] or np.nan)) for key in shares}
     ratios = {key: float(ours / patients) for key, (ours, patients) in widths.items()}
     return percent | ratios | {"sd": 100 * float(spread)}
 
@@ -177,13 +188,16 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--sd", type=float, nargs="+", default=[0, 0.5, 1, 2], help="of a training, points")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", type=int, choices=range(2, VARIANTS + 1), default=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=1, help="of the cross-validation, with new folds")
     parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
     args = parser.parse_args()
     print("patients folds SD | one  alone twins family alone | covered best | width twins | SD", flush=True)
     for patients in args.patients:
         for folds in args.folds:
             for sd in args.sd:
-                r = one_setting(patients, folds, sd / 100, args.tables, args.draws, args.unequal, args.seed)
+                how = (args.tables, args.draws, args.unequal, args.seed, args.variants, args.repeats)
+                r = one_setting(patients, folds, sd / 100, *how)
                 print(
                     f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
                     f"{r['family']:6.1f} {r['family alone']:5.1f} | {r['covered']:7.1f} {r['best']:4.1f} | "
