@@ -120,6 +120,14 @@ def cautious(mean_square: np.ndarray | float, sampling: np.ndarray | float) -> n
     return np.maximum(mean_square - (1 + CAUTION) * sampling, 0.0)
 
 
+def degrees_of_freedom(patients: int, columns: int, trainings: int) -> tuple[int, int, int]:
+    """Return those of patients, of the interaction and of one variant's trainings.
+
+    columns: variants and control. trainings: of each, folds times repeats.
+    """
+    return patients - 1, (columns - 1) * (trainings - 1), trainings - 1
+
+
 def satterthwaite(
     sampling: np.ndarray | float,
     luck: np.ndarray | float,
@@ -151,14 +159,12 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
         totals = draws[:, 0].sum((2, 3)) / draws[:, 1].sum((2, 3))
     covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
-    trainings = repeats * folds
-    freedom = (k - 1) * (trainings - 1)
-    spread = interaction(cells) / freedom if freedom else np.nan
-    sampling = explained_by_patients(cells, drawn, patients) / freedom if freedom else np.nan
+    freedom = degrees_of_freedom(patients, k, repeats * folds)
+    spread = float(interaction(cells)) / freedom[1] if freedom[1] else np.nan
+    sampling = explained_by_patients(cells, drawn, patients) / freedom[1] if freedom[1] else np.nan
     weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
-    degrees = (patients - 1, freedom, trainings - 1)
-    return Estimates(tuple(names), values, covariance, spread, sampling, share, degrees)
+    return Estimates(tuple(names), values, covariance, spread, sampling, share, freedom)
 
 
 def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:

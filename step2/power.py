@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER
-from step2.estimates import cautious, satterthwaite
+from step2.estimates import cautious, degrees_of_freedom, satterthwaite
 
 QUANTILES = 60  # of a chi-squared variable, in its place; 200 move no result by 0.01 points
 
@@ -69,7 +69,7 @@ def detectable_points(
     if patients < MIN_PATIENTS or variants < 2:
         return np.nan
     trainings = folds * repeats
-    freedom = (patients - 1, (variants + control - 1) * (trainings - 1), trainings - 1)
+    freedom = degrees_of_freedom(patients, variants + control, trainings)
     luck = 2 * (training_sd / 100) ** 2 / trainings if trainings > 1 else 0.0
     grouping = (1 + (slices - 1) * correlation) / (patients * slices)
     middles = (np.arange(QUANTILES) + 0.5) / QUANTILES

@@ -29,7 +29,7 @@ from scipy.stats import norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.best import best_of
 from step2.bootstrap import sum_by_patient
-from step2.estimates import Cells, Estimates, find_cells, interaction, mean_estimates
+from step2.estimates import Cells, Estimates, degrees_of_freedom, find_cells, interaction, mean_estimates
 from step2.statistics import holm
 
 VARIANTS = 7  # and a control of the first
@@ -92,15 +92,12 @@ def linearised(names: list[str], right: np.ndarray, cells: Cells) -> Estimates:
     means = sum_by_patient(right, cells.cell) / counts[:, None]
     influence = sum_by_patient((right - means[cells.cell]) / counts[cells.cell, None], where, n * places)
     influence = influence.reshape(n, *cells.shape, k).transpose(0, 3, 1, 2)
-    freedom = (k - 1) * (places - 1)
+    freedom = degrees_of_freedom(n, k, places)
     of_fold = n / cells.shape[1]
-    sampling = interaction(influence).sum() * of_fold / (of_fold - 1) / freedom
-    spread = interaction(means.T.reshape(k, *cells.shape)) / freedom
+    sampling = interaction(influence).sum() * of_fold / (of_fold - 1) / freedom[1]
+    spread = interaction(means.T.reshape(k, *cells.shape)) / freedom[1]
     share = float(((counts / len(right)) ** 2).sum())
-    return Estimates(
-        *(tuple(names), values, covariance, float(spread), float(sampling), share),
-        (n - 1, freedom, places - 1),
-    )
+    return Estimates(tuple(names), values, covariance, float(spread), float(sampling), share, freedom)
 
 
 def estimates(names: list[str], rows: pd.DataFrame, right: np.ndarray, draws: int, seed: int) -> Estimates:
