@@ -128,6 +128,12 @@ def network_cost(settings: Settings, half: bool) -> Cost:
     return Cost(weights, len(network._blocks), flop / pictures / 1e9, saved / pictures)
 
 
+def count_weights(settings: Settings) -> int:
+    """Return the number of the network's weights."""
+    with torch.device("meta"):  # without numbers
+        return sum(weight.numel() for weight in build_network(settings, 0.1, OUTPUTS).parameters())
+
+
 def known_gpu(name: str) -> str:
     """Return a GPU's name as GPUS has it; ValueError for an unknown one."""
     found = next((gpu for gpu in GPUS if gpu.lower() == name.lower()), "")
@@ -221,9 +227,10 @@ def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:
     prepare_process(settings, device)
     torch.cuda.reset_peak_memory_stats()
     speed, seconds = what_fits(settings, replace(usual_speed(settings, device), channels_last=True), device)
-    memory, weights = float(torch.cuda.max_memory_allocated()), network_cost(settings, half=True).weights
+    memory = float(torch.cuda.max_memory_allocated())
     release_memory(device)
     basis = f"timed on this {device_name(device)}"
+    weights = count_weights(settings)
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
 
 

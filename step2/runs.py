@@ -224,7 +224,8 @@ def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = mat
     """
     device = find_device()
     prepare_process(comparison.settings, device)
-    speed = choose_speed(comparison.settings, comparison.steps, device)
+    runs_each = math.ceil(len(comparison.runs) / comparison.settings.processes)
+    speed = choose_speed(comparison.settings, runs_each * comparison.steps, device)
     folder = comparison.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_trained(comparison, run):

@@ -17,7 +17,7 @@ from step2.settings import Settings
 from step2.training import Speed, Trainer, out_of_memory, release_memory, train_step
 
 OUTPUTS = 6  # of the networks that are timed; the size of a classifier doesn't show
-WORTH_COMPILING_S = 60  # of a run; shorter ones are over before the network is compiled
+WORTH_COMPILING_S = 60  # of all runs of a process; fewer are over before the network is compiled
 
 
 def find_device() -> torch.device:
@@ -65,7 +65,8 @@ def usual_speed(settings: Settings, device: torch.device) -> Speed:
 def choose_speed(settings: Settings, steps: int, device: torch.device) -> Speed:
     """Return how to compute: on CUDA as measured, now or earlier in this results folder; else fixed.
 
-    steps: of a run. What was measured is kept in results/speed.json, so that all runs use the same.
+    steps: of all runs of a process, which compiles once. What was measured is kept in results/speed.json, so
+    that all runs use the same.
     """
     base = usual_speed(settings, device)
     if device.type != "cuda":
@@ -99,16 +100,19 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     reasons.append(f"channels_last {'on' if last < slow else 'off'}: {times}")
     why_not, pays = why_not_compile(device), False
     if fast * steps < WORTH_COMPILING_S:
-        why_not = f"a run takes {fast * steps:.0f} s, less than compiling would"
+        why_not = f"a process trains for {fast * steps:.0f} s, less than compiling would take"
     if not why_not:
         try:
             compiled, once = time_steps(settings, replace(best, compiled=True), device)
             pays = (fast - compiled) * steps > 2 * once
             times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
-            why_not = f"{times}, {once:.0f} s to compile"
+            why_not = f"{times}, {once:.0f} s to get going"
         except (RuntimeError, OSError) as err:
             why_not = f"it fails here ({type(err).__name__})"
-    reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a run")
+        if not pays:
+            torch.compiler.reset()  # its CUDA graphs keep their memory
+            release_memory(device)
+    reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a process")
     return replace(best, compiled=pays, reasons=tuple(reasons))
 
 
@@ -132,16 +136,19 @@ def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[
     pictures = torch.randint(256, size, dtype=torch.uint8)
     labels = torch.arange(speed.part) % OUTPUTS
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = seconds_a_step(lambda: train_step(trainer, pictures, labels, 1e-6), wait)
+    first = 1 + speed.compiled  # step one compiles, step two records the CUDA graphs
+    seconds = seconds_a_step(lambda: train_step(trainer, pictures, labels, 1e-6), wait, first)
     if trainer.part < speed.part:  # it took smaller parts by itself; what_fits has to know
         raise RuntimeError(f"out of memory: {speed.part} slices at a time don't fit")
     return seconds
 
 
-def seconds_a_step(step: Callable[[], object], wait: Callable[[], object]) -> tuple[float, float]:
-    """Return a step's time, and what the first took more than that. wait: until the GPU is done.
+def seconds_a_step(
+    step: Callable[[], object], wait: Callable[[], object], slow: int = 1
+) -> tuple[float, float]:
+    """Return a step's time, and what the first, slow ones took more than that. wait: until the GPU is done.
 
-    Long steps are timed by the second one alone, short ones by eight more.
+    Long steps are timed by the next one alone, short ones by eight more.
     """
 
     def timed(count: int) -> float:
@@ -151,10 +158,10 @@ def seconds_a_step(step: Callable[[], object], wait: Callable[[], object]) -> tu
         wait()
         return time.perf_counter() - began
 
-    first, each = timed(1), timed(1)
+    first, each = timed(slow), timed(1)
     count = min(round(1.5 / max(each, 0.01)), 8)
     each = timed(count) / count if count else each
-    return each, max(first - each, 0.0)
+    return each, max(first - slow * each, 0.0)
 
 
 def why_not_compile(device: torch.device) -> str:

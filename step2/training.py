@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class OutOfTime(Exception):
 class Speed:
     """How steps are computed, without changing what is learnt.
 
-    precision: bf16, fp16 or no; part: slices at a time; reasons: a line each.
+    precision: bf16, fp16 or no; compiled: by torch.compile, replayed as CUDA graphs where a batch is taken
+    whole; part: slices at a time; reasons: a line each.
     """
 
     precision: str
@@ -69,7 +71,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay, fused=speed.fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=speed.precision == "fp16")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(speed.precision)
-        self.forward = torch.compile(self.network, dynamic=False) if speed.compiled else self.network
+        self.compiled_for = speed.part if speed.compiled else 0
+        if self.compiled_for:
+            # Of a batch in parts, a CUDA graph would write a part's gradients over those of the part before
+            mode = "reduce-overhead" if speed.part >= recipe.batch_size else "default"
+            self.compiled = torch.compile(self.network, dynamic=False, mode=mode)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return scores, float (n, outputs): compiled for one number of pictures, any other goes without."""
+        network = self.compiled if len(pictures) == self.compiled_for else self.network
+        return network(pictures)
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which the network computes in its precision."""
@@ -213,23 +224,28 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     momentum = batch_norm_momentum(steps * settings.epochs)
     trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
-    history = load_checkpoint(run.folder / "checkpoint.pt", trainer)
+    path = run.folder / "checkpoint.pt"
+    history = load_checkpoint(path, trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
     tell = tell_until(run.ends, tell)
-    for epoch in epochs_in_time(history, settings.epochs, run.ends):
-        batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
-        row = train_epoch(trainer, batches, steps, truth, epoch, tell) | {
-            "val_loss": None,
-            "val_accuracy": None,
-        }
-        if is_judged(epoch, settings.epochs):
-            found = predict(trainer, load(pictures, held_out, threads))
-            row["val_loss"] = log_loss(found, answers)
-            row["val_accuracy"] = float((found.argmax(1) == answers).mean())
-            if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
-                trainer.best = half_weights(trainer.network)
-        history.append(row)
-        save_checkpoint(run.folder / "checkpoint.pt", trainer, history)
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:  # a B7's checkpoint takes seconds, in which the next epoch trains
+        for epoch in epochs_in_time(history, settings.epochs, run.ends):
+            batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
+            row = train_epoch(trainer, batches, steps, truth, epoch, tell)
+            row |= {"val_loss": None, "val_accuracy": None}
+            if is_judged(epoch, settings.epochs):
+                found = predict(trainer, load(pictures, held_out, threads))
+                row["val_loss"] = log_loss(found, answers)
+                row["val_accuracy"] = float((found.argmax(1) == answers).mean())
+                if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
+                    trainer.best = half_weights(trainer.network)
+            history.append(row)
+            if written:
+                written.result()
+            written = writer.submit(write_checkpoint, path, *snapshot(trainer, history))
+    if written:
+        written.result()
     return trainer, history
 
 
@@ -271,10 +287,13 @@ def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
-    """Write all that the next epoch depends on; rates, order and augmentation follow from its number.
+    """Write all that the next epoch depends on."""
+    write_checkpoint(path, *snapshot(trainer, history))
 
-    As safetensors, in which nothing can be run, of a few long vectors: hundreds of small ones take much longer.
-    """
+
+def snapshot(trainer: Trainer, history: list[dict]) -> tuple[dict[str, torch.Tensor], str]:
+    """Return copies of all that the next epoch depends on, tensors and JSON; rates, order and augmentation
+    follow from its number. A few long vectors: hundreds of small ones take much longer to write."""
     device, tensors = trainer.device, joined("model", trainer.network.state_dict().values())
     state = trainer.optimizer.state_dict()["state"]  # empty, if fp16 skipped each step so far
     moments = [state[number] for number in sorted(state)]
@@ -284,7 +303,12 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
     if device.type != "cpu":
         tensors["random_device"] = torch.get_device_module(device).get_rng_state()
     noted = {"history": history, "part": trainer.part, "scaler": trainer.scaler.state_dict()}
-    write_sealed(path, safetensors.torch.save(tensors, {"noted": json.dumps(noted)}))
+    return tensors, json.dumps(noted)
+
+
+def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], noted: str) -> None:
+    """Write a snapshot as safetensors, in which nothing can be run."""
+    write_sealed(path, safetensors.torch.save(tensors, {"noted": noted}))
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:

@@ -1,10 +1,12 @@
 """All runs of a comparison: nothing is trained twice, nothing is lost, nothing damaged is believed."""
 
 import errno
+import io
 import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import cv2
@@ -345,12 +347,57 @@ def test_each_run_says_what_made_it(data, tmp_path):
 # ---------------------------------------- the disk and the folder
 
 
-def test_full_disk_is_said_and_leaves_nothing_half_done(tmp_path, monkeypatch):
-    def full(path: Path, content: bytes) -> int:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_checkpoints_are_written_beside_training_each_of_its_own_epoch(data, tmp_path, monkeypatch):
+    write, written, trained = training.write_checkpoint, [], []
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def slowly(path, tensors, noted):
+        time.sleep(0.2)  # longer than an epoch
+        written.append((len(json.loads(noted)["history"]), len(trained)))
+        write(path, tensors, noted)
+
+    train_epoch = training.train_epoch
+    monkeypatch.setattr(training, "write_checkpoint", slowly)
+    monkeypatch.setattr(training, "train_epoch", lambda *a: trained.append(1) or train_epoch(*a))
+    train(data, tmp_path / "r", epochs=4)
+    assert [epoch for epoch, _ in written] == [1, 2, 3, 4]
+    assert [begun for _, begun in written] == [2, 3, 4, 4]
+
+
+def test_disk_that_fills_while_the_next_epoch_trains_ends_the_run(data, tmp_path, monkeypatch):
+    def full(path, tensors, noted):
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(training, "write_checkpoint", full)
+    for epochs in (1, 3):
+        with pytest.raises(OSError, match="the disk is full"):
+            train(data, tmp_path / str(epochs), epochs=epochs)
+        assert not (only_folder(tmp_path / str(epochs)) / "done.json").exists()
+
+
+@pytest.mark.parametrize(("processes", "times"), [(1, 4), (3, 2)])
+def test_what_compiling_earns_counts_all_runs_of_a_process(data, tmp_path, monkeypatch, processes, times):
+    asked, choose = [], runs.choose_speed
+    monkeypatch.setattr(runs, "choose_speed", lambda s, steps, d: asked.append(steps) or choose(s, steps, d))
+    comparison = make_comparison_for(
+        data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), folds=2, epochs=2, processes=processes
+    )
+    runs.complete_run(comparison, comparison.runs[0], lambda epochs: None)
+    assert len(comparison.runs) == 4 and asked == [times * comparison.steps]
+
+
+def full_disk(path: Path, mode: str) -> io.BytesIO:
+    """Open a file on a disk that is full."""
+
+    class FullFile(io.BytesIO):
+        def writelines(self, lines: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path.touch()
+    return FullFile()
+
+
+def test_full_disk_is_said_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "open", full_disk)
     with pytest.raises(OSError, match=r"the disk is full, .*checkpoint\.pt could not be written"):
         files.write_sealed(tmp_path / "checkpoint.pt", b"weights")
     assert not list(tmp_path.iterdir())
@@ -358,15 +405,10 @@ def test_full_disk_is_said_and_leaves_nothing_half_done(tmp_path, monkeypatch):
 
 def test_full_disk_says_how_much_is_needed_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 1")
-    write_bytes = Path.write_bytes
-
-    def full(path: Path, content: bytes) -> int:
-        write_bytes(path, content[:1])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"\(it needs 39, [\d,]+ bytes are free\): free some space there"):
-        files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_disk)
+        with pytest.raises(OSError, match=r"\(it needs 39, [\d,]+ bytes are free\): free some space there"):
+            files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 2")
     assert files.read_sealed(tmp_path / "checkpoint.pt") == b"epoch 1" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictur
 
 from step2.files import write_sealed
 from step2.runs import Run
-from step2.speed import choose_precision, choose_speed, measure_speed, what_fits
+from step2.speed import choose_precision, choose_speed, measure_speed, seconds_a_step, what_fits
 from step2.training import (
     CURVE_POINTS,
     Speed,
@@ -34,7 +35,6 @@ def make_trainer(part: int = 7) -> Trainer:
     trainer = Trainer(make_settings(), Speed("no", False, False, False, part, ()), 0.1, CPU, 6)
     torch.manual_seed(0)
     trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6))
-    trainer.forward = trainer.network
     trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), lr=0.0, momentum=0.9)  # type: ignore[assignment]
     return trainer
 
@@ -94,6 +94,27 @@ def test_memory_that_ends_for_a_single_slice_is_explained():
     trainer.forward = fail
     with pytest.raises(RuntimeError, match=r"memory ended with one slice at a time .*: lower image_size"):
         train_step(trainer, *some_batch(), 1e-3)
+
+
+@pytest.mark.parametrize(("part", "mode"), [(8, "reduce-overhead"), (4, "default")])
+def test_compiled_network_takes_the_size_that_it_was_compiled_for(monkeypatch, part, mode):
+    """CUDA graphs, mode reduce-overhead, write each backward pass's gradients to the same place."""
+    made, seen = [], []
+
+    def compiled(network, **how):
+        made.append(how)
+        return lambda pictures: seen.append(len(pictures)) or network(pictures)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    settings = make_settings()
+    trainer = Trainer(settings, Speed("no", False, False, True, part, ()), 0.1, CPU, 6)
+    assert settings.batch_size == 8 and made == [{"dynamic": False, "mode": mode}]
+    pictures = torch.zeros(8, 1, SIZE, SIZE, dtype=torch.uint8)
+    train_step(trainer, pictures, torch.arange(8) % 6, 1e-3)
+    assert seen == [part] * (8 // part)
+    trainer.part = 2  # as when memory ends: without compiling once more
+    train_step(trainer, pictures, torch.arange(8) % 6, 1e-3)
+    assert seen == [part] * (8 // part)
 
 
 def test_step_returns_loss_and_share_right():
@@ -160,6 +181,12 @@ def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last
         *("bf16", "8 slices at a time", f"channels_last {'on' if on[0] else 'off'}"),
         f"torch.compile {'on' if on[1] else 'off'}",
     ]
+
+
+def test_step_is_timed_after_the_slow_ones():
+    steps = itertools.count()
+    each, more = seconds_a_step(lambda: time.sleep(0.1 if next(steps) < 2 else 0.01), lambda: None, 2)
+    assert 0.01 <= each < 0.05 and 0.1 <= more < 0.25 and next(steps) == 2 + 1 + 8
 
 
 def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
