@@ -107,7 +107,7 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
             pays = (fast - compiled) * steps > 2 * once
             times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
             why_not = f"{times}, {once:.0f} s to get going"
-        except (RuntimeError, OSError) as err:
+        except (RuntimeError, OSError, AssertionError) as err:
             why_not = f"it fails here ({type(err).__name__})"
         if not pays:
             torch.compiler.reset()  # its CUDA graphs keep their memory
