@@ -229,7 +229,7 @@ def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:
     speed, seconds = what_fits(settings, replace(usual_speed(settings, device), channels_last=True), device)
     memory = float(torch.cuda.max_memory_allocated())
     release_memory(device)
-    basis = f"timed on this {device_name(device)}"
+    basis = f"timed on this {device_name(device)}, without torch.compile"
     weights = count_weights(settings)
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
 
