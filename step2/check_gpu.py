@@ -22,7 +22,15 @@ from step2.network import build_network
 from step2.pace import pace_on_gpu
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
-from step2.training import Speed, Trainer, load_checkpoint, release_memory, save_checkpoint, train_step
+from step2.training import (
+    Speed,
+    Trainer,
+    load_checkpoint,
+    predict,
+    release_memory,
+    save_checkpoint,
+    train_step,
+)
 
 Verdict = tuple[bool, str]
 PLAIN = Speed("no", False, False, False, 8, ())
@@ -35,24 +43,36 @@ def small(**given: object) -> Settings:
     return read_settings(tiny | given)
 
 
-def some_batch(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def some_batch(settings: Settings, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch of noise, uint8, with labels."""
-    size, generator = settings.image_size, torch.Generator().manual_seed(1)
+    size, generator = settings.image_size, torch.Generator().manual_seed(seed)
     shape = (settings.batch_size, 1, size, size)
     pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     return pictures, torch.arange(settings.batch_size) % OUTPUTS
 
 
-def trained(device: torch.device, speed: Speed = PLAIN, steps: int = 3) -> tuple[Trainer, list[float]]:
-    """Return a small network after some steps on a device, and the losses; the same start each time."""
+def trained(
+    device: torch.device, speed: Speed = PLAIN, steps: int = 3, varied: bool = False
+) -> tuple[Trainer, list[float]]:
+    """Return a small network after some steps on a device, and the losses; the same start each time.
+
+    varied: another batch in each step, the fourth a slice shorter, and predictions in between.
+    """
     settings = small()
     torch.manual_seed(0)
     network = build_network(settings, 0.1, OUTPUTS)
     trainer = Trainer(settings, speed, 0.1, device, OUTPUTS)
     trainer.network.load_state_dict(network.state_dict())
     no_dropout(trainer)
-    batch = some_batch(settings)
-    return trainer, [float(train_step(trainer, *batch, 1e-3)[0]) for _ in range(steps)]
+    losses = []
+    for step in range(steps):
+        pictures, labels = some_batch(settings, step + 1 if varied else 1)
+        if varied and step == 3:
+            pictures, labels = pictures[1:], labels[1:]
+        losses.append(float(train_step(trainer, pictures, labels, 1e-3)[0]))
+        if varied:
+            predict(trainer, [(pictures, labels)])
+    return trainer, losses
 
 
 def no_dropout(trainer: Trainer) -> None:
@@ -113,14 +133,14 @@ def check_half(device: torch.device, precision: str) -> Verdict:
 
 def check_compile(device: torch.device) -> Verdict:
     """torch.compile takes the network whole and computes the same, in a process's first run and in its second,
-    whose weights lie elsewhere. Five steps, as CUDA graphs are replayed from the third on."""
+    whose weights lie elsewhere; CUDA graphs are replayed from the third step on."""
     if why := why_not_compile(device):
         return True, f"not used: {why}"
     settings, fast = small(), replace(PLAIN, compiled=True)
     pictures = torch.rand(8, 3, 32, 32, device=device)
     found = dynamo.explain(build_network(settings, 0.1, OUTPUTS).to(device))(pictures)
     began = time.perf_counter()
-    plain, first, second = (trained(device, speed, 5)[0] for speed in (PLAIN, fast, fast))
+    plain, first, second = (trained(device, speed, 6, varied=True)[0] for speed in (PLAIN, fast, fast))
     seconds, breaks = time.perf_counter() - began, found.graph_break_count
     verdicts = [as_close(plain, compiled, 1e-2) for compiled in (first, second)]
     fine = not breaks and all(close for close, _ in verdicts)

@@ -221,7 +221,7 @@ def train_on(
                 seen = time.monotonic()
             if time.monotonic() - seen > PATIENCE_S:
                 lost = "all Dask workers are gone" if client.status == "running" else "the scheduler is gone"
-                again = "start them again, and run again: at most an epoch of each run is lost"
+                again = "start them again, and run again: at most two epochs of each run are lost"
                 advice = again if comparison.settings.cluster else FOR_MEMORY
                 raise RuntimeError(f"{lost} for {PATIENCE_S} s, {advice}")
             progress.show()
@@ -235,7 +235,7 @@ def train_on(
 def result_of(future: Future, run: Run) -> dict[str, Any]:
     """Return what a run noted; RuntimeError, with what to do, where its workers were killed."""
     if future.status == "cancelled":
-        advice = "start it again, and run again: at most an epoch of each run is lost"
+        advice = "start it again, and run again: at most two epochs of each run are lost"
         raise RuntimeError(f"the Dask scheduler is gone: {advice}")
     try:
         return future.result()

@@ -32,6 +32,7 @@ from step2.pictures import (
     in_order,
     load,
     pictures_digest,
+    shuffled,
     steps_per_epoch,
 )
 from step2.settings import Settings
@@ -109,6 +110,15 @@ class Comparison:
         """Training steps of a run."""
         train, _ = self.split(self.runs[0])
         return steps_per_epoch(len(train), self.settings.batch_size) * self.settings.epochs
+
+    @property
+    def steps_to_compile(self) -> int:
+        """Training steps of all runs of a process; of one where a cluster's workers may have no more. 0 where
+        batches differ in size, as a network is compiled for one."""
+        settings, (train, _) = self.settings, self.split(self.runs[0])
+        runs_each = 1 if settings.cluster else math.ceil(len(self.runs) / settings.processes)
+        sizes = {len(batch) for batch in shuffled(train, settings.batch_size, 0, 0)}
+        return runs_each * self.steps if sizes == {settings.batch_size} else 0
 
     def split(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of a run's training and held-out slices."""
@@ -224,8 +234,7 @@ def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = mat
     """
     device = find_device()
     prepare_process(comparison.settings, device)
-    runs_each = math.ceil(len(comparison.runs) / comparison.settings.processes)
-    speed = choose_speed(comparison.settings, runs_each * comparison.steps, device)
+    speed = choose_speed(comparison.settings, comparison.steps_to_compile, device)
     folder = comparison.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_trained(comparison, run):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import torch
@@ -65,14 +66,14 @@ def usual_speed(settings: Settings, device: torch.device) -> Speed:
 def choose_speed(settings: Settings, steps: int, device: torch.device) -> Speed:
     """Return how to compute: on CUDA as measured, now or earlier in this results folder; else fixed.
 
-    steps: of all runs of a process, which compiles once. What was measured is kept in results/speed.json, so
-    that all runs use the same.
+    steps: that would be compiled, of all runs of a process; it compiles once more than the first of them needs,
+    for the timing. What was measured is kept in results/speed.json, so that all runs use the same.
     """
     base = usual_speed(settings, device)
     if device.type != "cuda":
         return base
     key = f"{torch.cuda.get_device_name()}, {settings.model_name}, {settings.image_size} px"
-    key += f", {base.part} slices, {base.precision}"
+    key += f", {base.part} slices, {base.precision}, {steps} steps, PyTorch {torch.__version__}"
     path = settings.results / "speed.json"
     with FileLock(path.with_name(".speed.lock")):  # of several processes the first measures
         known = read_json(path) or {}
@@ -99,18 +100,21 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     times = f"{last * 1e3:.0f} ms a step with, {slow * 1e3:.0f} without"
     reasons.append(f"channels_last {'on' if last < slow else 'off'}: {times}")
     why_not, pays = why_not_compile(device), False
-    if fast * steps < WORTH_COMPILING_S:
+    if not steps:
+        why_not = "batches differ in size"
+    elif fast * steps < WORTH_COMPILING_S:
         why_not = f"a process trains for {fast * steps:.0f} s, less than compiling would take"
     if not why_not:
         try:
             compiled, once = time_steps(settings, replace(best, compiled=True), device)
-            pays = (fast - compiled) * steps > 2 * once
+            pays = (fast - compiled) * steps > 2 * once  # compiled for this timing, and for the runs
             times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
             why_not = f"{times}, {once:.0f} s to get going"
         except (RuntimeError, OSError, AssertionError) as err:
             why_not = f"it fails here ({type(err).__name__})"
         if not pays:
-            torch.compiler.reset()  # its CUDA graphs keep their memory
+            with suppress(AssertionError):  # in a thread, before PyTorch 2.14
+                torch.compiler.reset()  # its CUDA graphs keep their memory
             release_memory(device)
     reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a process")
     return replace(best, compiled=pays, reasons=tuple(reasons))

@@ -6,9 +6,10 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, r
                 advice = "lower image_size, workers or processes, or choose a smaller model_name"
                 raise RuntimeError(f"memory ended with one slice at a time ({err}): {advice}") from err
         trainer.part = math.ceil(trainer.part / 2)
+        if trainer.compiled_for:
+            torch.compiler.reset()  # its CUDA graphs keep their memory, and are for more slices
         release_memory(trainer.device)
 
 
@@ -214,7 +217,8 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
 
     Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
     are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
-    flatters. OutOfTime where run.ends comes first; the checkpoint is that of the last whole epoch.
+    flatters. OutOfTime where run.ends comes first; the checkpoint is that of the last whole epoch. A kill may
+    cost two epochs, as one's checkpoint is written while the next one trains.
     """
     settings, size, threads = run.settings, run.settings.batch_size, run.settings.workers
     torch.manual_seed(run.seed)
@@ -228,8 +232,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     history = load_checkpoint(path, trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
     tell = tell_until(run.ends, tell)
-    written: Future[None] | None = None
-    with ThreadPoolExecutor(1) as writer:  # a B7's checkpoint takes seconds, in which the next epoch trains
+    with written_beside(partial(write_checkpoint, path)) as write:
         for epoch in epochs_in_time(history, settings.epochs, run.ends):
             batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
             row = train_epoch(trainer, batches, steps, truth, epoch, tell)
@@ -241,12 +244,26 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
                 if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
                     trainer.best = half_weights(trainer.network)
             history.append(row)
-            if written:
-                written.result()
-            written = writer.submit(write_checkpoint, path, *snapshot(trainer, history))
-    if written:
-        written.result()
+            write(*snapshot(trainer, history))
     return trainer, history
+
+
+@contextmanager
+def written_beside(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Yield a function that writes in a thread, one after the other: a B7's checkpoint takes seconds, in which
+    the next epoch trains. What fails is raised by the next call or at the end, whatever else ended the run."""
+    with ThreadPoolExecutor(1) as thread:
+        last = thread.submit(lambda: None)
+
+        def write_beside(*what: Any) -> None:
+            nonlocal last
+            last.result()
+            last = thread.submit(write, *what)
+
+        try:
+            yield write_beside
+        finally:
+            last.result()
 
 
 def epochs_in_time(history: list[dict], epochs: int, ends: float) -> Iterator[int]:

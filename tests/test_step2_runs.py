@@ -21,6 +21,7 @@ from step2.explain import draw_cams
 from step2.report import Report, describe_runs, make_caption
 from step2.runs import Run, collect_history, collect_predictions
 from step2.slices import read_slices
+from step2.training import OutOfTime
 
 
 @pytest.fixture(scope="module")
@@ -374,15 +375,41 @@ def test_disk_that_fills_while_the_next_epoch_trains_ends_the_run(data, tmp_path
         assert not (only_folder(tmp_path / str(epochs)) / "done.json").exists()
 
 
-@pytest.mark.parametrize(("processes", "times"), [(1, 4), (3, 2)])
-def test_what_compiling_earns_counts_all_runs_of_a_process(data, tmp_path, monkeypatch, processes, times):
+@pytest.mark.parametrize("ends", [OutOfTime, KeyboardInterrupt])
+def test_disk_that_fills_is_said_whatever_else_ends_the_run(data, tmp_path, monkeypatch, ends):
+    def full(path, tensors, noted):
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    train_epoch = training.train_epoch
+
+    def stop(trainer, batches, steps, truth, epoch, tell):
+        if epoch:
+            raise ends
+        return train_epoch(trainer, batches, steps, truth, epoch, tell)
+
+    monkeypatch.setattr(training, "write_checkpoint", full)
+    monkeypatch.setattr(training, "train_epoch", stop)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        train(data, tmp_path / "r", epochs=3)
+    assert isinstance(caught.value.__context__, ends)
+
+
+@pytest.mark.parametrize(
+    ("given", "runs_each"),
+    [
+        ({"processes": 1}, 4),
+        ({"processes": 3}, 2),
+        ({"processes": 2, "cluster": "tcp://127.0.0.1:8786"}, 1),
+        ({"batch_size": 9}, 0),  # 24 slices are taken 8 at a time
+    ],
+)
+def test_what_compiling_earns_counts_the_runs_of_a_process(data, tmp_path, monkeypatch, given, runs_each):
     asked, choose = [], runs.choose_speed
     monkeypatch.setattr(runs, "choose_speed", lambda s, steps, d: asked.append(steps) or choose(s, steps, d))
-    comparison = make_comparison_for(
-        data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), folds=2, epochs=2, processes=processes
-    )
+    given = {"folds": 2, "epochs": 2, "batch_size": 12, **given}
+    comparison = make_comparison_for(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), **given)
     runs.complete_run(comparison, comparison.runs[0], lambda epochs: None)
-    assert len(comparison.runs) == 4 and asked == [times * comparison.steps]
+    assert len(comparison.runs) == 4 and asked == [runs_each * comparison.steps]
 
 
 def full_disk(path: Path, mode: str) -> io.BytesIO:

@@ -45,7 +45,7 @@ def plain_step(
         pictures = pictures.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused="fused" in options or None)
     model.train()
-    forward = torch.compile(model, dynamic=False) if "compile" in options else model
+    forward = torch.compile(model, dynamic=False, mode="reduce-overhead") if "compile" in options else model
 
     def step() -> None:
         optimizer.zero_grad()
