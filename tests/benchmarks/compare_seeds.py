@@ -10,10 +10,12 @@ of all seeds together: there a seed counts as a repeat of the whole cross-valida
 """
 
 import argparse
+import os
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import cv2
@@ -63,12 +65,24 @@ def train(comparison: Comparison, run: Run) -> str:
     return f"seed {comparison.settings.seed}  {run}  {done['accuracy']:.3f}  {done['seconds']:.1f} s"
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, also when that is killed."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def train_all(comparisons: list[Comparison], jobs: int) -> None:
     """Train what is not trained yet, fold by fold of every seed."""
     waiting = [(c, run) for c in comparisons for run in c.runs if not is_complete(c, run)]
     print(f"{sum(len(c.runs) for c in comparisons)} runs, {len(waiting)} of them to train", flush=True)
     began = time.monotonic()
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), end_with_parent) as pool:
         futures = [pool.submit(train, *each) for each in waiting]
         for count, future in enumerate(as_completed(futures), 1):
             print(f"{time.monotonic() - began:6.0f} s  {count:4}  {future.result()}", flush=True)
