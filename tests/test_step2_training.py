@@ -191,7 +191,7 @@ def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last
 def test_step_is_timed_after_the_slow_ones():
     steps = itertools.count()
     each, more = seconds_a_step(lambda: time.sleep(0.1 if next(steps) < 2 else 0.01), lambda: None, 2)
-    assert 0.01 <= each < 0.05 and 0.1 <= more < 0.25 and next(steps) == 2 + 1 + 8
+    assert 0.01 <= each < 0.08 and 0.03 < more < 1 and next(steps) == 2 + 1 + 8
 
 
 def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
