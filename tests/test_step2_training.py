@@ -278,7 +278,7 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     write_sealed(tmp_path / "checkpoint.pt", (tmp_path / "evil.pt").read_bytes())
-    with pytest.raises(Exception, match="(?i)header"):
+    with pytest.raises(Exception, match=r"(?i)header"):
         load_checkpoint(tmp_path / "checkpoint.pt", make_trainer())
     assert not (tmp_path / "ran").exists()
 
