@@ -121,7 +121,7 @@ def network_cost(settings: Settings, half: bool) -> Cost:
         for layer in network.modules():
             layer.register_forward_hook(count)
         network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
-    weights = sum(weight.numel() for weight in network.parameters())
+    weights = count_weights(settings)
     for weight in network.parameters():
         kept.pop(id(weight.untyped_storage()), None)
     saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16

@@ -185,16 +185,21 @@ def test_damaged_result_is_noticed_and_made_again(data, tmp_path, capsys, name, 
     assert "damaged" not in capsys.readouterr().out
 
 
-def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) -> Path:
-    """Interrupt a run in its second epoch and return its checkpoint."""
+def end_in_the_second_epoch(monkeypatch, error: type[BaseException]) -> None:
+    """Let the next run end so."""
     train_epoch = training.train_epoch
 
     def stop(trainer, batches, steps, truth, epoch, tell):
         if epoch:
-            raise KeyboardInterrupt
+            raise error
         return train_epoch(trainer, batches, steps, truth, epoch, tell)
 
     monkeypatch.setattr(training, "train_epoch", stop)
+
+
+def stop_in_the_second_epoch(monkeypatch, data: Path, results: Path, **given) -> Path:
+    """Interrupt a run in its second epoch and return its checkpoint."""
+    end_in_the_second_epoch(monkeypatch, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         train(data, results, **given)
     monkeypatch.undo()
@@ -364,34 +369,26 @@ def test_checkpoints_are_written_beside_training_each_of_its_own_epoch(data, tmp
     assert [begun for _, begun in written] == [2, 3, 4, 4]
 
 
-def test_disk_that_fills_while_the_next_epoch_trains_ends_the_run(data, tmp_path, monkeypatch):
-    def full(path, tensors, noted):
-        raise OSError(errno.ENOSPC, "the disk is full")
+def no_room(path: Path, tensors: dict, noted: str) -> None:
+    """Write a checkpoint to a disk that is full."""
+    raise OSError(errno.ENOSPC, "the disk is full")
 
-    monkeypatch.setattr(training, "write_checkpoint", full)
+
+def test_disk_that_fills_while_the_next_epoch_trains_ends_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "write_checkpoint", no_room)
     for epochs in (1, 3):
         with pytest.raises(OSError, match="the disk is full"):
             train(data, tmp_path / str(epochs), epochs=epochs)
         assert not (only_folder(tmp_path / str(epochs)) / "done.json").exists()
 
 
-@pytest.mark.parametrize("ends", [OutOfTime, KeyboardInterrupt])
-def test_disk_that_fills_is_said_whatever_else_ends_the_run(data, tmp_path, monkeypatch, ends):
-    def full(path, tensors, noted):
-        raise OSError(errno.ENOSPC, "the disk is full")
-
-    train_epoch = training.train_epoch
-
-    def stop(trainer, batches, steps, truth, epoch, tell):
-        if epoch:
-            raise ends
-        return train_epoch(trainer, batches, steps, truth, epoch, tell)
-
-    monkeypatch.setattr(training, "write_checkpoint", full)
-    monkeypatch.setattr(training, "train_epoch", stop)
+@pytest.mark.parametrize("error", [OutOfTime, KeyboardInterrupt])
+def test_disk_that_fills_is_said_whatever_else_ends_the_run(data, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(training, "write_checkpoint", no_room)
+    end_in_the_second_epoch(monkeypatch, error)
     with pytest.raises(OSError, match="the disk is full") as caught:
         train(data, tmp_path / "r", epochs=3)
-    assert isinstance(caught.value.__context__, ends)
+    assert isinstance(caught.value.__context__, error)
 
 
 @pytest.mark.parametrize(
