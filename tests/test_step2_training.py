@@ -24,6 +24,7 @@ from step2.training import (
     log_loss,
     save_checkpoint,
     save_weights,
+    snapshot,
     train_step,
 )
 
@@ -167,25 +168,44 @@ BASE = Speed("bf16", False, True, False, 8, ("bf16: asked for",))
     ("steps", "compiled", "channels_last", "on"),
     [
         (2000, 0.02, 0.05, (True, True)),
-        (500, 0.02, 0.05, (True, False)),
+        (500, 0.02, 0.05, (True, False)),  # 25 s of training: not tried
+        (1300, 0.02, 0.05, (True, False)),  # saves 39 s, costs 2 x 20
         (2000, RuntimeError, 0.2, (False, False)),
         (2000, AssertionError, 0.2, (False, False)),  # CUDA graphs in a thread, before PyTorch 2.14
     ],
 )
 def test_speed_on_a_gpu_is_what_pays(monkeypatch, steps, compiled, channels_last, on):
+    tried, resets = [], []
+
     def seconds(settings, speed, device):
+        tried.extend([1] * speed.compiled)
         if speed.compiled and isinstance(compiled, type):
             raise compiled("no backend")
         return (compiled, 20.0) if speed.compiled else (channels_last if speed.channels_last else 0.1, 0.0)
 
     monkeypatch.setattr("step2.speed.time_steps", seconds)
     monkeypatch.setattr("step2.speed.why_not_compile", lambda device: "")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     speed = measure_speed(make_settings(), BASE, steps, CPU)
+    assert (
+        len(resets) == len(tried) - speed.compiled
+    )  # CUDA graphs that nobody replays would keep their memory
     assert (speed.channels_last, speed.compiled) == on and speed.part == 8 and speed.precision == "bf16"
     assert [reason.split(":")[0] for reason in speed.reasons] == [
         *("bf16", "8 slices at a time", f"channels_last {'on' if on[0] else 'off'}"),
         f"torch.compile {'on' if on[1] else 'off'}",
     ]
+
+
+def test_speed_is_measured_once_for_as_many_steps(monkeypatch, tmp_path):
+    """Whether compiling pays depends on their number."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("step2.speed.usual_speed", lambda settings, device: BASE)
+    monkeypatch.setattr("step2.speed.measure_speed", lambda s, base, steps, d: asked.append(steps) or base)
+    settings = make_settings(results=tmp_path)
+    found = [choose_speed(settings, steps, torch.device("cuda")) for steps in (10, 10, 20, 10)]
+    assert asked == [10, 20] and found == [BASE] * 4
 
 
 def test_step_is_timed_after_the_slow_ones():
@@ -240,6 +260,19 @@ def test_checkpoint_brings_back_all_that_the_next_step_depends_on(saved):
     for each in (trainer, other):
         train_step(each, *some_batch(), 1e-3)
     assert torch.equal(trainer.network[1].weight, other.network[1].weight)
+
+
+def test_snapshot_stays_as_it_was_while_training_goes_on():
+    trainer = make_trainer()
+    trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6, bias=False))
+    trainer.optimizer = torch.optim.AdamW(trainer.network.parameters())
+    train_step(trainer, *some_batch(), 1e-3)
+    tensors, _ = snapshot(trainer, [{"epoch": 1}])
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    train_step(trainer, *some_batch(), 1e-3)
+    torch.rand(1)
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+    assert not torch.equal(trainer.network[1].weight.flatten(), tensors["model torch.float32"])
 
 
 def test_checkpoint_before_any_step_goes_on_as_well(tmp_path):
