@@ -240,7 +240,7 @@ def voi_function(ds: Dataset) -> str:
 
 def header_window(ds: Dataset) -> tuple[float, float] | None:
     """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
-    above_0 = np.nextafter(0, 1)
+    above_0 = np.finfo(float).tiny
     smallest = {"LINEAR": 1, "LINEAR_EXACT": above_0, "SIGMOID": above_0}.get(voi_function(ds), np.inf)
     pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
     return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest), None)

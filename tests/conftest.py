@@ -11,6 +11,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests file by file, several files at once; those that start processes first, one after the other."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    for item in items:
+        alone = item.get_closest_marker("processes")
+        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+
+
 def make_ct(stored: np.ndarray, **elements) -> Dataset:
     """Return a CT slice with these stored values: 16 bits, sign by dtype, slope 1, intercept 0, no window.
 

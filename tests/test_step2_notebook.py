@@ -16,6 +16,8 @@ from papermill.exceptions import PapermillExecutionError
 from sklearn.metrics import accuracy_score
 from step2_helpers import CLASSES, TINY, write_pictures
 
+pytestmark = pytest.mark.processes
+
 NOTEBOOK = ROOT / "Step2_EfficientNet_Model.ipynb"
 EIGHTH = "7_ROI+Bilateral"
 VARIANTS = ("0_Dicom2PNG", "1_ROI", EIGHTH)
@@ -95,7 +97,6 @@ def test_papermill_command_of_the_readme_has_its_output_folder():
 # ---------------------------------------- a whole run
 
 
-@pytest.mark.processes
 def test_whole_run_leaves_every_promised_file(whole):
     results, _ = whole
     tables = ("oof_predictions", "control_predictions", "history", "convergence", "contrasts", "metrics")
@@ -110,7 +111,6 @@ def test_whole_run_leaves_every_promised_file(whole):
     assert not list(results.glob("runs/*/*/checkpoint.pt")) + list(results.rglob("*.tmp"))
 
 
-@pytest.mark.processes
 def test_each_usable_slice_is_predicted_once_in_each_variant(whole, project):
     table = pd.read_csv(whole[0] / "oof_predictions.csv")
     probabilities = [f"p_{c}" for c in CLASSES]
@@ -125,7 +125,6 @@ def test_each_usable_slice_is_predicted_once_in_each_variant(whole, project):
     assert (table["predicted"] == np.array(CLASSES)[table[probabilities].to_numpy().argmax(1)]).all()
 
 
-@pytest.mark.processes
 def test_predictions_are_those_of_the_last_epoch(whole):
     table = pd.read_csv(whole[0] / "oof_predictions.csv")
     history = pd.read_csv(whole[0] / "history.csv")
@@ -135,7 +134,6 @@ def test_predictions_are_those_of_the_last_epoch(whole):
         assert last.loc[key, "val_accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.processes
 def test_testing_predictions_are_the_mean_of_the_folds(whole):
     columns = [f"p_{c}" for c in CLASSES]
     table = pd.read_csv(whole[0] / "testing_predictions_1_ROI.csv")
@@ -145,7 +143,6 @@ def test_testing_predictions_are_the_mean_of_the_folds(whole):
     np.testing.assert_allclose(table[columns], sum(folds) / 2, atol=1e-8)
 
 
-@pytest.mark.processes
 def test_eighth_variant_by_one_line_is_in_every_table_and_figure(whole):
     results, _ = whole
     contrasts = pd.read_csv(results / "contrasts.csv").set_index("contrast")
@@ -162,7 +159,6 @@ def test_eighth_variant_by_one_line_is_in_every_table_and_figure(whole):
         assert "7_ROI" in drawn and "+Bilateral" in drawn, figure
 
 
-@pytest.mark.processes
 def test_settings_say_what_made_the_results(whole):
     facts = json.loads((whole[0] / "settings.json").read_text())
     assert facts["settings"]["seed"] == 3
@@ -173,7 +169,6 @@ def test_settings_say_what_made_the_results(whole):
     assert facts["caption"].startswith(caption)
 
 
-@pytest.mark.processes
 def test_output_is_quiet_under_papermill(whole):
     texts = [o.text for c in whole[1].cells for o in c.get("outputs", []) if o.output_type == "stream"]
     assert "%|" not in "".join(texts)  # no bars

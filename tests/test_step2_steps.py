@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import plain_head, save_ct
+import torch
+from conftest import make_ct, plain_head, save_ct
 
 import Step1_Image_Preprocessing as step1
 from step2.steps import draw_hu, draw_steps
@@ -68,3 +69,12 @@ def test_histogram_counts_the_heads_pixels_alone():
     plt.close(figure)
     assert values[np.searchsorted(edges, 70)] == (hu == 72).sum() / 5  # 70 to 75 HU
     assert values.sum() == ((hu == 72).sum() + (hu == 40).sum()) / 5  # brain and scalp; bone lies beyond
+
+
+def test_a_window_without_width_is_none_where_training_has_switched_off_the_smallest_numbers():
+    try:
+        torch.set_flush_denormal(True)  # as prepare_process does
+        ds = make_ct(np.zeros((4, 4), np.int16), WindowCenter=40, WindowWidth=0, VOILUTFunction="SIGMOID")
+        assert step1.header_window(ds) is None
+    finally:
+        torch.set_flush_denormal(False)
