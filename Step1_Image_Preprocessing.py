@@ -53,6 +53,7 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import psutil
 import pydicom
 from pebble import ProcessExpired, ProcessPool
 from pydicom import uid
@@ -62,11 +63,6 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_voi, get_decoder, pixel_array
 from tqdm import tqdm
-
-try:
-    import resource  # of Unix; without it, on Windows, the size checks alone guard the memory
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 # ---------------------------------------- the variants and every number, once
 
@@ -137,11 +133,6 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.JPEG2000Lossless: ("gdcm", "python-gdcm"),
     uid.JPEG2000: ("gdcm", "python-gdcm"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
-}
-PLAIN_SYNTAXES: dict[tuple[bool | None, bool | None], uid.UID] = {  # (implicit VR, little endian) -> syntax
-    (True, True): uid.ImplicitVRLittleEndian,
-    (False, True): uid.ExplicitVRLittleEndian,
-    (False, False): uid.ExplicitVRBigEndian,
 }
 ENHANCED_CT = (uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
 
@@ -233,15 +224,10 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
 # ---------------------------------------- pixels: HU -> grey
 
 
-def voi_function(ds: Dataset) -> str:
-    """Return VOILUTFunction (0028,1056), LINEAR where absent (DICOM PS3.3 C.11.2.1.3)."""
-    return texts(ds, "VOILUTFunction")[0] or "LINEAR"
-
-
 def header_window(ds: Dataset) -> tuple[float, float] | None:
     """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
-    above_0 = np.finfo(float).tiny
-    smallest = {"LINEAR": 1, "LINEAR_EXACT": above_0, "SIGMOID": above_0}.get(voi_function(ds), np.inf)
+    above_0, function = np.finfo(float).tiny, texts(ds, "VOILUTFunction")[0]
+    smallest = {"": 1, "LINEAR": 1, "LINEAR_EXACT": above_0, "SIGMOID": above_0}.get(function, np.inf)
     pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
     return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest), None)
 
@@ -279,7 +265,7 @@ def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
             shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
         grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
     else:
-        window, function = header_window(ds), voi_function(ds)
+        window, function = header_window(ds), texts(ds, "VOILUTFunction")[0] or "LINEAR"
         if not window:
             window, function, fields["window_source"] = BRAIN_WINDOW, "LINEAR", "default"
         grey = window_to_grey(hu, window, function)
@@ -434,30 +420,14 @@ class Scan:
     """One slice as it was scanned, and what steps look for in it, once for all variants.
 
     hu: float32 (rows, columns), Hounsfield units.  window: (centre, width) in HU that the step window shows,
-    None for that of the header.  head, bone: bool (rows, columns).  box: the square round head without bone.
+    None for the header's.  head(), bone(): bool (rows, columns).  box(): the square round head without bone.
     """
 
     def __init__(self, hu: np.ndarray, window: tuple[float, float] | None = BRAIN_WINDOW):
-        self.hu, self.window = hu, window
-        self.found: dict[str, Any] = {}
-
-    def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """Return what was found under this name; no cached_property, as --dask could not send its lock."""
-        if name not in self.found:
-            self.found[name] = find()
-        return self.found[name]
-
-    @property
-    def head(self) -> np.ndarray:
-        return self.once("head", lambda: head_mask(self.hu))
-
-    @property
-    def bone(self) -> np.ndarray:
-        return self.once("bone", lambda: bone_mask(self.hu, self.head))
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        return self.once("box", lambda: square_box(self.head & ~self.bone))
+        head = cache(lambda: head_mask(hu))  # no cached_property, as --dask could not send its lock
+        bone = cache(lambda: bone_mask(hu, head()))
+        box = cache(lambda: square_box(head() & ~bone()))
+        self.hu, self.window, self.head, self.bone, self.box = hu, window, head, bone, box
 
 
 @dataclass(frozen=True)
@@ -485,11 +455,6 @@ def keep(ct: CTSlice, mask: np.ndarray) -> CTSlice:
     return show(replace(ct, mask=ct.mask & crop(mask, ct.box, False)), ct.image)
 
 
-def mask_head(ct: CTSlice) -> CTSlice:
-    """Keep the head and black out everything else."""
-    return keep(ct, ct.scan.head)
-
-
 def show_window(ct: CTSlice) -> CTSlice:
     """Show one fixed window, so that scanners agree; the header's stays where none is asked for."""
     if ct.scan.window is None:
@@ -506,17 +471,11 @@ def show_windows(ct: CTSlice) -> CTSlice:
     return show(ct, np.dstack([window_to_grey(hu, window) for window in COLOUR_WINDOWS]))
 
 
-def blacken_skull(ct: CTSlice) -> CTSlice:
-    """Black out the skull, the white margin."""
-    return keep(ct, ~ct.scan.bone)
-
-
 def crop_margin(ct: CTSlice) -> CTSlice:
     """Crop to a square round the head without its skull, so that the brain fills the frame."""
-    (x, y, _, _), (x0, y0, x1, y1) = ct.box, ct.scan.box
+    (x, y, _, _), (x0, y0, x1, y1) = ct.box, ct.scan.box()
     here = x0 - x, y0 - y, x1 - x, y1 - y
-    image, mask = crop(ct.image, here, 0), crop(ct.mask, here, False)
-    return replace(ct, image=image, mask=mask, box=ct.scan.box)
+    return replace(ct, image=crop(ct.image, here, 0), mask=crop(ct.mask, here, False), box=ct.scan.box())
 
 
 def by_channel(change: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
@@ -562,10 +521,10 @@ def filter_strips(grey: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 STEPS: dict[str, Callable[[CTSlice], CTSlice]] = {  # one more function and line here is one more step
-    "mask": mask_head,
+    "mask": lambda ct: keep(ct, ct.scan.head()),  # all but the head becomes black
     "window": show_window,
     "windows": show_windows,
-    "noskull": blacken_skull,
+    "noskull": lambda ct: keep(ct, ~ct.scan.bone()),  # the skull, the white margin, becomes black
     "crop": crop_margin,
     "clahe": clahe,
     "bilateral": bilateral,
@@ -653,14 +612,12 @@ def check_is_ct_slice(ds: Dataset) -> None:
     size, no_hu = f"{rows:.0f} x {columns:.0f}", "HU unknown, export the original series"
     fits = {
         "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
-        "float pixels (7FE0,0008): no CT slice": "FloatPixelData" not in ds,
-        "float pixels (7FE0,0009): no CT slice": "DoubleFloatPixelData" not in ds,
+        "float pixels (7FE0,0008/0009): no CT slice": not ds.dir("FloatPixelData"),  # nor DoubleFloat
         "Modality (0008,0060) is not CT: remove the file": texts(ds, "Modality") == ["CT"],
         "no image, PixelData (7FE0,0010) is absent: remove the file": "PixelData" in ds,
         "ImageType (0008,0008) says LOCALIZER, a scout: remove it": "LOCALIZER" not in texts(ds, "ImageType"),
         "NumberOfFrames (0028,0008): multi-frame, split it into slices": not frames > 1,
-        "SOPClassUID (0008,0016): enhanced CT, split it into slices": ds.get("SOPClassUID")
-        not in ENHANCED_CT,
+        "SOPClassUID (0008,0016): enhanced CT, split into slices": ds.get("SOPClassUID") not in ENHANCED_CT,
         "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file": grey,
         "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": min(rows, columns) >= 1,
         f"Rows x Columns (0028,0010/0011) claim {size} pixels: no CT slice": max(rows, columns) <= MAX_SIDE,
@@ -707,8 +664,10 @@ def read_dicom(path: Path) -> Dataset:
     with refusing("damaged header", "export it again"):
         if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
             # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
+            implicit, little_endian = ds.original_encoding
+            explicit = uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian
             ds.file_meta = FileMetaDataset()
-            ds.file_meta.TransferSyntaxUID = PLAIN_SYNTAXES[ds.original_encoding]
+            ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
         check_is_ct_slice(ds)
     return ds
 
@@ -732,25 +691,12 @@ def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def check_pixel_size(ds: Dataset) -> None:
-    """Raise UnsuitableFile where PixelData is not of the size that the header says.
-
-    Some archives append bytes to uncompressed pixels: as in viewers, they do no harm, but a warning tells.
-    """
-    syntax, expected, tag = ds.file_meta.TransferSyntaxUID, (ds.Rows, ds.Columns, 1), "PixelData (7FE0,0010)"
-    if not syntax.is_encapsulated:
-        length, right = len(ds.PixelData), ds.Rows * ds.Columns * ds.BitsAllocated // 8
-        if length > right + right % 2:
-            warnings.warn(f"{tag} is {length - right} bytes too long, cut off", stacklevel=2)
-            ds.PixelData = ds.PixelData[: right + right % 2]
-        if length < right:
-            wrong = f"{tag} has {length} bytes, Rows x Columns x BitsAllocated make {right}"
-            raise UnsuitableFile(f"{wrong}: truncated or damaged, export it again")
-    elif syntax != uid.RLELossless:
-        claimed = codestream_size(get_frame(ds.PixelData, 0, number_of_frames=1))
-        if claimed != expected:
-            wrong = f"the codestream in {tag} claims {claimed} rows, columns, components"
-            raise UnsuitableFile(f"{wrong}, the header {expected}: damaged, export it again")
+def check_codestream(ds: Dataset) -> None:
+    """Raise UnsuitableFile where a compressed frame is not of the size that the header says."""
+    frame, expected = get_frame(ds.PixelData, 0, number_of_frames=1), (ds.Rows, ds.Columns, 1)
+    if (claimed := codestream_size(frame)) != expected:
+        wrong = f"the codestream in PixelData (7FE0,0010) claims {claimed} rows, columns, components"
+        raise UnsuitableFile(f"{wrong}, the header {expected}: damaged, export it again")
 
 
 def decode(ds: Dataset) -> np.ndarray:
@@ -758,13 +704,15 @@ def decode(ds: Dataset) -> np.ndarray:
     syntax = ds.file_meta.TransferSyntaxUID
     plugin, package = DECODERS.get(syntax, ("", ""))
     named = f"TransferSyntaxUID (0002,0010) {syntax.name}"
-    if not plugin and syntax not in (*PLAIN_SYNTAXES.values(), uid.DeflatedExplicitVRLittleEndian):
+    if not plugin and syntax not in uid.UncompressedTransferSyntaxes:
         raise UnsuitableFile(f"{named}: not supported, export uncompressed")
     if plugin and plugin not in get_decoder(syntax).available_plugins:
         raise UnsuitableFile(f"no decoder for {named}: pip install {package}")
     with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
-        check_pixel_size(ds)
-        stored = pixel_array(ds, decoding_plugin=plugin)
+        if plugin and syntax != uid.RLELossless:
+            check_codestream(ds)
+        # pydicom warns of bytes that some archives append, and leaves them out, as viewers do
+        stored = pixel_array(ds, decoding_plugin=plugin, allow_excess_frames=False)
     if stored.shape != (ds.Rows, ds.Columns):
         raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
     return stored
@@ -836,11 +784,11 @@ def found_by_steps(scan: Scan, variants: Iterable[str]) -> dict:
     steps = set(single_steps(chain.from_iterable(KNOWN_VARIANTS[v] for v in variants)))
     fields: dict[str, Any] = {}
     if steps & {"mask", "noskull", "crop"}:
-        fields["blank"] = int(is_blank(scan.hu, scan.head))
-        fields["head_fraction"] = round(float(scan.head.mean()), 4)
+        fields["blank"] = int(is_blank(scan.hu, scan.head()))
+        fields["head_fraction"] = round(float(scan.head().mean()), 4)
     if steps & {"noskull", "crop"}:
-        fields["bone_fraction"] = round(float(scan.bone.sum()) / max(int(scan.head.sum()), 1), 4)
-        fields["crop"] = "{} {} {} {}".format(*scan.box)
+        fields["bone_fraction"] = round(float(scan.bone().sum()) / max(int(scan.head().sum()), 1), 4)
+        fields["crop"] = "{} {} {} {}".format(*scan.box())
     return fields
 
 
@@ -851,20 +799,20 @@ def guarded():
     Out of memory raises MemoryError or ends the process, out of time ends it: whoever runs the processes sees
     that and goes on with the next file.
     """
-    statm, soft, hard = Path("/proc/self/statm"), None, None
-    if resource and statm.exists():
-        used = int(statm.read_text(encoding="ascii").split()[5]) * resource.getpagesize()
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = used + MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(used + MEMORY_LIMIT, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    me = psutil.Process()
+    before = me.rlimit(psutil.RLIMIT_DATA) if psutil.LINUX else None  # soft and hard
+    if before:
+        limit = me.memory_info().data + MEMORY_LIMIT
+        limit = limit if before[1] == psutil.RLIM_INFINITY else min(limit, before[1])
+        me.rlimit(psutil.RLIMIT_DATA, (limit, before[1]))
     with Path(os.devnull).open("w", encoding="ascii") as devnull:
         faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True, file=devnull)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            if soft is not None:
-                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+            if before:
+                me.rlimit(psutil.RLIMIT_DATA, before)
 
 
 def process(task: Task, settings: Settings) -> dict:
@@ -903,7 +851,7 @@ class Input:
 def open_ledger(output: Path) -> sqlite3.Connection:
     """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
     (output / ".tmp").mkdir(parents=True, exist_ok=True)
-    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "listed", "made")
+    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "made")
     ledger = sqlite3.connect(path, timeout=1)
     ledger.row_factory = sqlite3.Row
     try:
@@ -970,30 +918,24 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
     Pictures of inputs that are gone, or were moved to another class, are removed; returns their number.
     """
     ledger.execute("CREATE TEMP TABLE earlier AS SELECT image, folded FROM files")
-    ledger.execute("UPDATE files SET listed = 0, folded = NULL")
-
-    def is_taken(name: str) -> bool:
-        return ledger.execute("SELECT 1 FROM files WHERE folded = ?", (name,)).fetchone() is not None
-
-    for found in inputs:
-        source, path, target, refusal = found.source, str(found.path), found.target, found.refusal
-        try:
-            path.encode()
-        except UnicodeEncodeError:  # bytes that are no text, possible on Linux alone
-            source = target = source.encode(errors="backslashreplace").decode()
-            refusal = "its name is not valid Unicode: rename it"
-        image, name = free_name(target, source, is_taken)
+    ledger.execute("UPDATE files SET folded = NULL")  # until the file is found again
+    taken = "SELECT 1 FROM files WHERE folded = ?"
+    for found in inputs:  # absolute paths, as Dask's workers run in folders of their own
+        names = found.source, found.target, found.label, str(found.path.absolute())
+        # bytes that are no text are possible on Linux alone
+        source, target, label, path = (name.encode(errors="backslashreplace").decode() for name in names)
+        refusal = found.refusal if path == names[-1] else "its name is not valid Unicode: rename it"
+        image, name = free_name(target, source, lambda name: any(ledger.execute(taken, (name,))))
         ledger.execute(
-            "INSERT INTO files (source, path, image, folded, split, label, listed) "
-            "VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (source) DO UPDATE SET "
-            "path = excluded.path, folded = excluded.folded, "
-            "split = excluded.split, label = excluded.label, listed = 1, image = excluded.image, "
+            "INSERT INTO files (source, path, image, folded, split, label) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (source) DO UPDATE SET path = excluded.path, image = excluded.image, "
+            "folded = excluded.folded, split = excluded.split, label = excluded.label, "
             "fingerprint = CASE WHEN image = excluded.image THEN fingerprint END",
-            (source, "" if refusal else path, image, name, found.split, found.label),
+            (source, "" if refusal else path, image, name, found.split, label),
         )
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
-    ledger.execute("DELETE FROM files WHERE NOT listed")
+    ledger.execute("DELETE FROM files WHERE folded IS NULL")
     stale = ledger.execute("SELECT image FROM earlier WHERE folded NOT IN (SELECT folded FROM files)")
     return sum(remove_pictures(output, row["image"]) for row in stale)
 
@@ -1050,10 +992,9 @@ def record(ledger: sqlite3.Connection, source: str, fields: dict) -> None:
 def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
     """Write manifest.csv, a row per input file, sorted by source."""
     temporary = output / ".tmp" / "manifest.csv"
+    rows = ledger.execute(f"SELECT {', '.join(MANIFEST_COLUMNS)} FROM files ORDER BY source")
     with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(MANIFEST_COLUMNS)
-        writer.writerows([row[column] for column in MANIFEST_COLUMNS] for row in pages(ledger, "1"))
+        csv.writer(file, lineterminator="\n").writerows(chain([MANIFEST_COLUMNS], rows))
     temporary.replace(output / "manifest.csv")
 
 
@@ -1063,9 +1004,7 @@ Outcomes = Iterator[tuple[Task, dict]]  # a task with its manifest fields
 CRASHED = "its decoder crashed, hung or took too much memory: damaged, export it again, uncompressed"
 
 
-def bounded(
-    submit: Callable, tasks: Iterable, ahead: int, waiting: dict, crash, alive=lambda: True
-) -> Outcomes:
+def bounded(submit: Callable, tasks: Iterable, ahead: int, waiting, crash, alive=lambda: True) -> Outcomes:
     """Submit tasks, never more than so many ahead of the results, and yield each with its manifest fields.
 
     submit: Task -> Future.  waiting: {Future: Task}, empty; holds what has no result yet, should an exception
@@ -1126,8 +1065,7 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int, starts=PO
     """
     tasks = iter(tasks)
     waiting: dict[Future, Task] = {}
-    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
-    pool = ProcessPool(jobs, initializer=ignore, context=SpawnWithLastingLocks())
+    pool = ProcessPool(jobs, context=SpawnWithLastingLocks())  # its processes ignore Ctrl-C
 
     def submit(task: Task) -> Future:
         try:
@@ -1153,8 +1091,7 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int, starts=PO
 def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Outcomes:
     """Run tasks on a Dask cluster that sees the same file system; a worker that dies loses nothing."""
     import cloudpickle  # here, as these take a second to import
-    from distributed import Client
-    from distributed.scheduler import KilledWorker
+    from distributed import Client, KilledWorker
 
     for name in ("distributed.client", "tornado.application"):  # a lost cluster is one sentence, below
         getLogger(name).setLevel(CRITICAL)
@@ -1201,7 +1138,6 @@ def read_patient_key(output: Path) -> bytes:
     path = output / ".patient_key"
     if not path.exists():
         temporary = output / ".tmp" / "patient_key"
-        temporary.unlink(missing_ok=True)
         temporary.touch(0o600)
         temporary.write_text(secrets.token_hex(32), encoding="ascii")
         temporary.replace(path)
@@ -1264,13 +1200,13 @@ def choose_preview(ledger: sqlite3.Connection) -> list[sqlite3.Row]:
     return [row for label in class_order(labels) for row in ledger.execute(best, (label,))][:CLASSES_SHOWN]
 
 
-def middle(picture: np.ndarray, row: sqlite3.Row, side: int) -> np.ndarray:
-    """Return the square round the middle of the brain, in a picture that is cropped to it or is not."""
+def middle(picture: np.ndarray, row: sqlite3.Row, side: int) -> tuple[int, int, int, int]:
+    """Return the box round the middle of the brain, in a picture that is cropped to it or is not."""
     x0, y0, x1, y1 = map(int, row["crop"].split() or (0, 0, row["columns"], row["rows"]))
     if picture.shape[:2] == (y1 - y0, x1 - x0):
         x0, y0, x1, y1 = 0, 0, x1 - x0, y1 - y0
     left, top = max((x0 + x1 - side) // 2, 0), max((y0 + y1 - side) // 2, 0)
-    return picture[top : top + side, left : left + side]
+    return left, top, left + side, top + side
 
 
 def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
@@ -1289,22 +1225,17 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
             cv2.putText(sheet, part, (x, y + 18 * line), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1)
 
     for j, variant in enumerate(variants):
-        words = variant.split("+")
-        write("\n+".join(filter(None, ("+".join(words[:2]), "+".join(words[2:])))), left + j * tile + 4, 18)
+        write(textwrap.fill(variant.replace("+", " +"), 18).replace(" +", "+"), left + j * tile + 4, 18)
     for i, row in enumerate(shown + near):
         y, name = top + i * tile, textwrap.fill(row["label"], letters)
         write(name if i < len(shown) else f"{name},\nthe middle,\nfull size", 4, y + tile // 2)
         for j, variant in enumerate(variants):
-            content = np.frombuffer((output / variant / row["image"]).read_bytes(), np.uint8)
+            x, content = left + j * tile, np.fromfile(output / variant / row["image"], np.uint8)
             picture: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
-            if i < len(shown):
-                scale = side / max(picture.shape[:2])
-                size = [max(round(length * scale), 1) for length in picture.shape[1::-1]]
-                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-            else:
-                picture = middle(picture, row, side)
-            x = left + j * tile
-            sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+            longest = max(picture.shape[:2])
+            box = (0, 0, longest, longest) if i < len(shown) else middle(picture, row, side)
+            picture = cv2.resize(crop(picture, box, 0), (side, side), interpolation=cv2.INTER_AREA)
+            sheet[y : y + side, x : x + side] = picture
     grey = sheet if (sheet != sheet[..., :1]).any() else sheet[..., 0]
     if variants:
         write_atomically(output / "preview.png", cv2.imencode(".png", grey)[1].tobytes(), output)
@@ -1393,14 +1324,12 @@ def walk(top: Path) -> Iterator[Path]:
 
 def refusal_of_path(path: Path, root: Path) -> str:
     """Return why a path can't be used, '' where it can: links that loop, end nowhere or leave the input."""
-    if path.is_dir():
-        return "a linked or unreadable folder: put the folder itself here, check the permissions"
-    if not path.is_symlink():
-        return ""
     try:
-        inside = path.resolve(strict=True).is_relative_to(root)
-    except (OSError, RuntimeError):  # ends nowhere; loops
-        return "a link that ends nowhere: remove it"
+        if path.is_dir():
+            return "a linked or unreadable folder: put the folder itself here, check the permissions"
+        inside = not path.is_symlink() or path.resolve(strict=True).is_relative_to(root)
+    except (OSError, RuntimeError):  # ends nowhere or where one may not look; loops
+        return "a link that ends nowhere, or where you may not look: remove it"
     outside = "a link out of the input folder: copy the file here, or name its own folder with --raw-data"
     return "" if inside else outside
 
@@ -1453,9 +1382,8 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
 
 def write_test_labels(inputs: Iterable[Input], output: Path) -> None:
     """Write TestingData_labels.csv (image,label) for what was chosen of a download."""
-    lines = [f"{Path(i.target).name},{i.label}\n" for i in inputs if i.split == "test"]
-    content = "".join(["image,label\n", *lines])
-    write_atomically(output / "TestingData_labels.csv", content.encode(), output)
+    rows = [f"{Path(i.target).name},{i.label}\n" for i in inputs if i.split == "test"]
+    write_atomically(output / "TestingData_labels.csv", "".join(["image,label\n", *rows]).encode(), output)
 
 
 # ---------------------------------------- where they come from: Kaggle's RSNA-2019 download
@@ -1466,9 +1394,8 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
     for top in (rsna, rsna / "rsna-intracranial-hemorrhage-detection"):
         for folder in (top / "stage_2_train_images", top / "stage_2_train"):
             if (top / "stage_2_train.csv").is_file() and folder.is_dir():
-                entries = (entry for entry in os.scandir(folder) if entry.name.endswith(".dcm"))
-                paths = (Path(entry.path) for entry in entries if entry.is_file())
-                return top / "stage_2_train.csv", {path.stem: path for path in paths}
+                paths = (Path(entry) for entry in os.scandir(folder) if entry.is_file())
+                return top / "stage_2_train.csv", {p.stem: p for p in paths if p.suffix == ".dcm"}
     beside = "no stage_2_train.csv beside stage_2_train_images/"
     raise UsageError(f"{rsna} has {beside}: unpack the download there")
 
@@ -1488,47 +1415,42 @@ def read_rsna_labels(path: Path, files: set[str], by: str):
         wrong = f"{path} is no table with ID and Label ({one_line(err)})"
         raise UsageError(f"{wrong}: unpack the download again") from err
     rows["Label"] = pd.to_numeric(rows["Label"], errors="coerce")
-    no_number = int(rows["Label"].isna().sum())
-    repeated = int(rows.duplicated(["ID", "Label"]).sum())
-    rows = rows.drop_duplicates(["ID", "Label"])
     rows[["slice", "subtype"]] = rows["ID"].str.extract(r"(.+)_(\w+)$")
     subtypes = list(CLASSES[1:])
     columns = [*subtypes, "any"] if by == "any" else subtypes
     if absent := set(columns) - set(rows["subtype"]):
         raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
-    contradicting = rows.loc[rows.duplicated("ID", keep=False), "slice"].unique()
-    rows = rows[~rows["slice"].isin(contradicting) & rows["subtype"].isin(columns)]
-    table = rows.pivot(index="slice", columns="subtype", values="Label").reindex(columns=columns)
-    complete = table.dropna() > 0
+    table = rows.groupby(["slice", "subtype"])["Label"].mean().unstack()
+    contradicting = ((table > 0) & (table < 1)).any(axis=1)  # rows that repeat another stay 0 or 1
+    complete = table.loc[~contradicting, columns].dropna() > 0
     count = complete[subtypes].sum(axis=1)
     healthy, bleed = RSNA_CLASSES["any"]
     if by == "any":
         usable, why_not = complete["any"] == (count > 0), "slices whose any contradicts their subtypes"
-        labels = complete["any"].map({False: healthy, True: bleed})
     else:
-        usable, why_not = count <= 1, "slices with several subtypes"
-        labels = complete.idxmax(axis=1).where(count > 0, healthy)
+        usable, why_not, bleed = count <= 1, "slices with several subtypes", complete.idxmax(axis=1)
+    chosen = pd.DataFrame({"label": np.where(count > 0, bleed, healthy), "subtypes": count})[usable]
+    has_file = chosen.index.isin(files)
     left_out = {
-        "files without a row": len(files - set(rows["slice"]) - set(contradicting)),
-        "rows whose Label is no number": no_number,
-        "rows that repeat another": repeated,
-        "slices with contradicting rows": len(contradicting),
-        "slices without a row for each subtype": len(table) - len(complete),
+        "files without a row": len(files.difference(rows["slice"])),
+        "rows whose Label is no number": int(rows["Label"].isna().sum()),
+        "rows that repeat another": int(rows.duplicated(["ID", "Label"]).sum()),
+        "slices with contradicting rows": int(contradicting.sum()),
+        "slices without a row for each subtype": int((~contradicting).sum()) - len(complete),
         why_not: int((~usable).sum()),
+        "slices without a file": int((~has_file).sum()),
     }
-    chosen = pd.DataFrame({"label": labels, "subtypes": count})[usable]
-    return chosen.rename_axis("slice").reset_index(), left_out
+    return chosen[has_file].rename_axis("slice").reset_index(), left_out
 
 
-def read_patient_ids(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the PatientID of each file, '' where it can't be read."""
-    for path in paths:
-        try:
-            with refusing("unreadable header", ""):
-                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-                yield str(ds.get("PatientID") or "")
-        except (UnsuitableFile, MemoryError):
-            yield ""
+def read_patient_id(path: Path) -> str:
+    """Return a file's PatientID, '' where it can't be read."""
+    try:
+        with refusing("unreadable header", ""):
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+            return str(ds.get("PatientID") or "")
+    except (UnsuitableFile, MemoryError):
+        return ""
 
 
 def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
@@ -1543,21 +1465,16 @@ def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
     share = test_per_class / max(per_class + test_per_class, 1)
     counts = rows.groupby("label")["patient"].nunique().sort_values(kind="stable")
     for label in counts.index if test_per_class else ():
-        slices_of = rows[rows["label"] == label].groupby("patient", sort=False).size()
-        wanted = min(test_per_class, math.ceil(share * len(slices_of)))
-        mine = [p for p in slices_of.index if p in test_patients]
-        for patient in (p for p in slices_of.index if p not in test_patients):
-            enough = len(mine) >= wanted and slices_of[mine].sum() >= test_per_class
-            if enough or len(mine) >= len(slices_of) // 2:
-                break
-            mine.append(patient)
-        test_patients.update(mine)
+        sizes = rows[rows["label"] == label].groupby("patient", sort=False).size()
+        sizes = sizes[sorted(sizes.index, key=lambda patient: patient not in test_patients)]
+        enough = 1 + (sizes.cumsum() < test_per_class).sum()  # so many patients have that many slices
+        wanted = max(enough, min(test_per_class, math.ceil(share * len(sizes))))
+        test_patients.update(sizes.index[: min(wanted, len(sizes) // 2)])
     rows = rows.assign(split=np.where(rows["patient"].isin(test_patients), "test", "train"))
-    rows["turn"] = rows.groupby(["split", "label", "patient"]).cumcount()
-    rows = rows.sort_values("turn", kind="stable")
-    place = rows.groupby(["split", "label"]).cumcount()
+    turn = rows.groupby(["label", "patient"]).cumcount().sort_values(kind="stable")
+    rows = rows.loc[turn.index]
     quota = rows["split"].map({"train": per_class, "test": test_per_class})
-    return rows[place < quota].drop(columns="turn").sort_values("slice")
+    return rows[rows.groupby(["split", "label"]).cumcount() < quota].sort_values("slice")
 
 
 def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
@@ -1566,17 +1483,12 @@ def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
     quotas = {"train": args.per_class, "test": args.test // len(classes)}
     csv_path, paths = find_rsna_files(rsna)
     labels, left_out = read_rsna_labels(csv_path, set(paths), args.rsna_labels)
-    has_file = labels["slice"].isin(paths.keys())
-    left_out["slices without a file"] = int((~has_file).sum())
-    labels = labels[has_file]
 
     shuffled = labels.sample(frac=1, random_state=args.seed)
     pool = shuffled.groupby("label").head(RSNA_CANDIDATES * sum(quotas.values())).sort_values("slice")
-    files = (paths[name] for name in pool["slice"])
-    pool["patient"] = list(tqdm(read_patient_ids(files), total=len(pool), desc="patients", disable=None))
-    nameless = int((pool["patient"] == "").sum())
+    pool["patient"] = [read_patient_id(paths[name]) for name in tqdm(pool["slice"], "patients", disable=None)]
+    left_out["slices without a readable PatientID"] = nameless = int((pool["patient"] == "").sum())
     chosen = choose_slices(pool[pool["patient"] != ""], quotas["train"], quotas["test"], args.seed)
-    left_out["slices without a readable PatientID"] = nameless
     left_out["slices of one class, not needed"] = len(labels) - len(chosen) - nameless
     print_rsna_table(classes, labels, chosen, quotas)
     for reason, number in left_out.items():
@@ -1652,29 +1564,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
     here, zero_or_more = Path(__file__).resolve().parent, partial(whole_number, smallest=0)
-    add("--raw-data", "input folder", here / "raw_data", "raw_data beside the script", type=Path)
-    pngs = here / "data_preprocessing"
-    add("--output", "output folder", pngs, "data_preprocessing beside the script", type=Path)
+    add("--raw-data", "input folder", here / "raw_data", type=Path)
+    add("--output", "output folder", here / "data_preprocessing", type=Path)
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
-    usual = {"default": [list(VARIANTS)], "shown": f"the first {len(VARIANTS)}"}
-    add("--variants", choice, **usual, type=variant_names, nargs="+", metavar="V")
+    add("--variants", choice, [list(VARIANTS)], f"the first {len(VARIANTS)}", type=variant_names, nargs="+")
     add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
     window = "window of ROI and window: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
-    kaggle = "take slices from Kaggle's unpacked RSNA-2019 download instead"
-    add("--rsna", kaggle, None, "off", type=Path, metavar="DIR")
+    add("--rsna", "Kaggle's unpacked RSNA-2019 download as the input", None, "off", type=Path, metavar="DIR")
     both = "subtype: slices with one subtype at most, six classes; any: all slices, healthy and hemorrhage"
     add("--rsna-labels", f"classes of --rsna, {both}", "subtype", choices=RSNA_CLASSES)
     add("--per-class", "training slices of each class, with --rsna", 1000, type=whole_number, metavar="N")
-    together = "slices of TestingData, all classes together, with --rsna"
-    add("--test", together, 600, type=zero_or_more, metavar="N")
+    add("--test", "testing slices, all classes together, with --rsna", 600, type=zero_or_more, metavar="N")
     add("--seed", "of the choice of slices, with --rsna", 0, type=zero_or_more)
     add("--dask", "send the work to the Dask scheduler at this address", None, "off", metavar="ADDRESS")
     args = parser.parse_args(argv)
-    for name in ("raw_data", "output", "rsna"):  # absolute, as Dask workers run in folders of their own
-        if path := getattr(args, name):
-            setattr(args, name, path.absolute())
     args.input = args.rsna or args.raw_data
     args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
     fewest = len(RSNA_CLASSES[args.rsna_labels])

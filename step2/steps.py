@@ -65,7 +65,7 @@ def draw_hu(axis: plt.Axes, scan: step1.Scan) -> None:
     axis.axvspan(*BLOOD_HU, fc="none", ec="#D55E00", hatch="////", lw=0, label=blood)
     bone = step1.BONE_SEED_HU
     axis.axvspan(bone, SEEN_HU[1], color="#DDCC77", alpha=0.6, lw=0, label=f"bone, above {bone}")
-    counts, edges = np.histogram(scan.hu[scan.head], bins=np.arange(SEEN_HU[0], SEEN_HU[1] + 1, 5))
+    counts, edges = np.histogram(scan.hu[scan.head()], bins=np.arange(SEEN_HU[0], SEEN_HU[1] + 1, 5))
     axis.stairs(counts / 5, edges, color="black", lw=1.2)
     axis.set(xlim=SEEN_HU, yscale="symlog", ylim=(0, 500 * max(counts.max(), 1)))
     axis.set_xlabel("HU", size=9)

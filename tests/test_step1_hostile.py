@@ -133,14 +133,14 @@ def test_baseline_jpeg_is_converted(tmp_path):
     assert abs(int(variant0(tmp_path)[30, 30]) - round(40 * 255 / 79)) <= 4  # 40 HU
 
 
-@pytest.mark.parametrize("extra", [1, 2, 500])
+@pytest.mark.parametrize("extra", [1, 2, 500, 100_000])  # the last, more than a frame
 def test_uncompressed_pixels_that_are_too_long_are_converted_with_a_warning(extra, tmp_path):
     assert convert(save_ct(tmp_path / "a", GOOD, **WINDOW), tmp_path)["warnings"] == ""
     right = variant0(tmp_path)
     ct = make_ct(GOOD, **WINDOW)
     ct.PixelData += b"\x7f" * extra
     row = convert(save(tmp_path / "b", ct), tmp_path)
-    assert row["status"] == "ok" and "bytes too long, cut off" in row["warnings"]
+    assert row["status"] == "ok" and "bytes of excess padding" in row["warnings"]
     assert np.array_equal(variant0(tmp_path), right)
 
 
@@ -403,9 +403,9 @@ def misbehaving(task, settings):
     if task.source.endswith("05.dcm"):
         step1.TIME_LIMIT_S = 1
         asleep = ctypes.PyDLL(None).sleep  # holds the interpreter lock
-        replace(step1, "pixel_array", lambda ds, decoding_plugin: asleep(60))
+        replace(step1, "pixel_array", lambda ds, **options: asleep(60))
     if task.source.endswith("07.dcm"):
-        replace(step1, "pixel_array", lambda ds, decoding_plugin: np.ones(3 << 27))  # 3 GB
+        replace(step1, "pixel_array", lambda ds, **options: np.ones(3 << 27))  # 3 GB
     return step1.process(task, settings)
 
 
@@ -623,6 +623,33 @@ def test_names_of_any_bytes_cost_at_most_themselves(raw):
     failed = [row for row in rows_of(raw).values() if row["status"] == "failed"]
     assert [row["reason"] for row in failed] == ["its name is not valid Unicode: rename it"]
     assert len(pngs_of(raw)) == 18 * 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_class_folder_of_any_bytes_costs_its_own_slices_alone(raw):
+    save_ct(raw / "TrainingData" / "new" / "b.dcm", GOOD)
+    (raw / "TrainingData" / "new").rename(raw / "TrainingData" / os.fsdecode(b"\xff"))
+    assert run(raw) == 1
+    rows = rows_of(raw)
+    assert rows["b.dcm"]["reason"] == "its name is not valid Unicode: rename it"
+    assert [row["status"] for row in rows.values()].count("ok") == len(rows) - 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_link_to_where_one_may_not_look_costs_itself_alone(raw, monkeypatch):
+    (raw / "TrainingData" / "healthy" / "forbidden").symlink_to(raw / "elsewhere")
+    is_dir = Path.is_dir
+
+    def forbidden(path, **options):  # as Python 3.11 does; a test that runs as root may look anywhere
+        if path.name == "forbidden":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    assert run(raw) == 1
+    rows = rows_of(raw)
+    assert "where you may not look" in rows["forbidden"]["reason"]
+    assert [row["status"] for row in rows.values()].count("ok") == len(rows) - 1
 
 
 def test_two_runs_on_one_output_do_not_mix(raw, capsys):
