@@ -32,13 +32,9 @@ def best_of(
         rivals = [j for j in np.flatnonzero(best) if j != i]
         lower = 0.0 if not rivals else float(np.min([apart[i, j] - reach[j, i] for j in rivals]))
         other = int(np.argmin(apart[i]))
-        value = {
-            "variant": one,
-            "accuracy": found.values[found.names.index(one)],
-            "in_best_set": bool(best[i]),
-        }
-        value |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
-        rows.append(value | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
+        row = {"variant": one, "accuracy": found.values[found.names.index(one)], "in_best_set": best[i]}
+        row |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
+        rows.append(row | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
     table = pd.DataFrame(rows)
     if k == 1:
         table[["difference", "ci_low", "ci_high"]] = np.nan
@@ -57,18 +53,13 @@ def simultaneous_reach(found: Estimates, pairs: np.ndarray, seed: int, draws: in
     errors = np.array([found.errors(pair) for pair in pairs])
     known = np.isfinite(errors[:, 0])  # not where two variants are right on the very same slices
     reach = np.full(len(pairs), 1e-9)
-    if known.any():
-        reach[known] = _dunnett_reach(found, pairs[known], errors[known], seed, draws)
-    return reach
-
-
-def _dunnett_reach(
-    found: Estimates, pairs: np.ndarray, errors: np.ndarray, seed: int, draws: int
-) -> np.ndarray:
-    """Return simultaneous_reach where every difference has an error."""
+    if not known.any():
+        return reach
+    pairs, errors = pairs[known], errors[known]
     both = np.hypot(errors[:, 0], errors[:, 1])
     luck = found.training * found.share
     covariance = pairs @ found.patients @ pairs.T + luck * pairs @ pairs.T
     root = np.linalg.cholesky(covariance / np.outer(both, both) + 1e-6 * np.eye(len(pairs)))
     largest = (root @ np.random.default_rng(seed).normal(size=(len(pairs), draws))).max(0)
-    return both * stats.t.ppf(stats.norm.cdf(np.quantile(largest, 1 - ALPHA)), errors[:, 2])
+    reach[known] = both * stats.t.ppf(stats.norm.cdf(np.quantile(largest, 1 - ALPHA)), errors[:, 2])
+    return reach

@@ -1,4 +1,4 @@
-"""The patient-cluster bootstrap: draws of whole patients, standard errors and intervals.
+"""The patient-cluster bootstrap: draws of whole patients, and their standard errors.
 
 The unit is the patient, not the slice: slices of one head share its bleed, its scanner and its noise, so a
 method that counts them as independent promises too narrow intervals (Field and Welsh 2007). A draw takes as
@@ -10,14 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 ALPHA = 0.05  # two-sided; intervals are 95 %
 POWER = 0.80
 DRAW_BLOCK = 250  # draws in memory at once
-MIN_PATIENTS = (
-    10  # below, the 95 % intervals held 89 % at 5 patients and 74 % at 3 in simulation: none is given
-)
+MIN_PATIENTS = 10  # below, 95 % intervals held 89 % at 5 patients and 74 % at 3 in simulation: none is given
 
 
 def patient_ids(predictions: pd.DataFrame) -> pd.Series:
@@ -31,9 +28,7 @@ def sum_by_patient(values: np.ndarray, codes: np.ndarray, count: int | None = No
 
     codes: int (images,), the patient's number, 0 and up; count: how many patients, where not the highest says it.
     """
-    if count is None:
-        count = codes.max() + 1 if len(codes) else 0
-    sums = np.zeros((count, *values.shape[1:]))
+    sums = np.zeros((count or codes.max() + 1, *values.shape[1:]))
     np.add.at(sums, codes, values)
     return sums
 
@@ -55,12 +50,3 @@ def standard_error(draws: np.ndarray, n_patients: int) -> float:
         return np.nan
     spread = np.nanstd(draws, ddof=1)
     return spread * np.sqrt(n_patients / (n_patients - 1)) if spread > 1e-9 else np.nan
-
-
-def t_interval(value: float, error: float, n_patients: int) -> tuple[float, float]:
-    """Return the 95 % interval value +- t * standard error, t with n_patients - 1 degrees of freedom.
-
-    In simulations with 10 to 1,000 patients it covered 94-96 %, the percentile interval as little as 86 %.
-    """
-    half = stats.t.ppf(1 - ALPHA / 2, max(n_patients - 1, 1)) * error
-    return value - half, value + half

@@ -10,16 +10,6 @@ import pandas as pd
 
 from Step1_Image_Preprocessing import CLASSES, class_order
 
-__all__ = [
-    "CLASSES",
-    "HEALTHY",
-    "classes_of",
-    "order_classes",
-    "probability_columns",
-    "short_names",
-    "wrapped",
-]
-
 HEALTHY = CLASSES[0]  # where it is among the classes, all others together are any hemorrhage
 SHORT = dict(zip(CLASSES, ("healthy", "IPH", "IVH", "SAH", "SDH", "EDH"), strict=True))  # as the field says
 

@@ -28,8 +28,8 @@ def endpoint_table(
     """Return all contrasts of both endpoints, DataFrame; empty where there are no or too few healthy or bleeding.
 
     Columns: endpoint, contrast, kind, a, b, value_a, value_b (of single pairs), difference, error,
-    patient_error, training_error, ci_low, ci_high, p_value, p_holm (within endpoint and kind). Secondary:
-    nothing corrects for there being two endpoints beside accuracy.
+    patient_error, training_error, ci_low, ci_high, seed_noise, p_value, p_holm (within endpoint and kind).
+    Secondary: nothing corrects for there being two endpoints beside accuracy.
     """
     declared, rows = all_contrasts(predictions, control)
     if not declared or HEALTHY not in classes_of(predictions):
@@ -40,9 +40,8 @@ def endpoint_table(
     found = []
     for endpoint, measure in ENDPOINTS.items():
         if measure is sensitivity_at_90 and healthy.min() < MIN_HEALTHY:
-            print(
-                f"{endpoint}: not estimable, {healthy.min()} healthy slices in a fold, {MIN_HEALTHY} needed"
-            )
+            lacks = f"{healthy.min()} healthy slices in a fold, {MIN_HEALTHY} needed"
+            print(f"{endpoint}: not estimable, {lacks}")
             continue
         estimates = ranking_estimates(rows, measure, n_draws, seed)
         value = dict(zip(estimates.names, estimates.values, strict=True))

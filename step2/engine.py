@@ -24,7 +24,6 @@ from distributed.scheduler import KilledWorker
 from tqdm.auto import tqdm
 
 from Step1_Image_Preprocessing import interrupts_blocked
-from step2.files import write_atomically
 from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.sessions import part_in_words, whole_part
 from step2.settings import Settings, is_watched
@@ -69,14 +68,12 @@ def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> No
     """Train these runs as far as the time goes, here or on Dask's workers, as the settings say."""
     settings, progress = comparison.settings, Progress(comparison, len(comparison.runs) - len(waiting))
     try:
-        if settings.cluster:
-            with clients_of(settings.cluster) as client:
-                train_on(client, comparison, waiting, progress, ends)
-        elif settings.processes == 1:
+        if settings.processes == 1 and not settings.cluster:
             train_here(comparison, waiting, progress, ends)
-        else:
-            with local_cluster(settings, len(waiting)) as client:
-                train_on(client, comparison, waiting, progress, ends)
+            return
+        cluster = clients_of(settings.cluster) if settings.cluster else local_cluster(settings, len(waiting))
+        with cluster as client:
+            train_on(client, comparison, waiting, progress, ends)
     finally:
         progress.close()
 
@@ -162,7 +159,7 @@ def clients_of(address: str) -> Iterator[Client]:
         raise RuntimeError(f"no Dask scheduler at {address} ({err}): {advice}") from err
     with client, tempfile.TemporaryDirectory() as folder:
         workers = wait_for_workers(client)
-        threads = max(worker["nthreads"] for worker in workers.values())
+        threads = max((worker["nthreads"] for worker in workers.values()), default=1)
         one = "dask worker ADDRESS --nthreads 1 --nworkers N"
         require(threads == 1, f"a worker with {threads} threads would train as many runs at once: {one}")
         client.upload_file(str(zip_code(Path(folder))))
@@ -174,26 +171,20 @@ def clients_of(address: str) -> Iterator[Client]:
 def zip_code(folder: Path) -> Path:
     """Write this project's modules to a zip that Python can import from, and return its path."""
     path = folder / f"step2-{code_digest()[:10]}.zip"
-
-    def write(temporary: Path) -> None:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for module in [ROOT / "Step1_Image_Preprocessing.py", *sorted((ROOT / "step2").glob("*.py"))]:
-                archive.write(module, module.relative_to(ROOT))
-
-    write_atomically(path, write)
+    with zipfile.ZipFile(path, "w") as archive:
+        for module in [ROOT / "Step1_Image_Preprocessing.py", *sorted((ROOT / "step2").glob("*.py"))]:
+            archive.write(module, module.relative_to(ROOT))
     return path
 
 
 def wait_for_workers(client: Client) -> dict[str, Any]:
     """Return the workers as soon as there is one; RuntimeError if none comes."""
-    ends = time.monotonic() + PATIENCE_S
-    while not (workers := client.scheduler_info(n_workers=-1)["workers"]):
-        if time.monotonic() > ends:
-            raise RuntimeError(
-                f"the Dask scheduler has had no worker for {PATIENCE_S} s: start some, run again"
-            )
-        time.sleep(0.5)
-    return workers
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE_S)
+    except TimeoutError as err:
+        text = f"the Dask scheduler has had no worker for {PATIENCE_S} s: start some, run again"
+        raise RuntimeError(text) from err
+    return client.scheduler_info(n_workers=-1)["workers"]
 
 
 def train_on(

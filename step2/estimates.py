@@ -13,7 +13,7 @@ its trainings; t after Satterthwaite (1946). Folds share training slices, so no 
 new training sets is unbiased (Bengio and Grandvalet, 2004): all of this speaks of training on these patients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,13 +85,8 @@ class Estimates:
         noise = np.maximum(self.spread - self.sampling, 0) * self.share * float(coefficients @ coefficients)
         return {
             **{"difference": difference, "ci_low": difference - half, "ci_high": difference + half},
-            **{
-                "error": error,
-                "patient_error": sampling,
-                "training_error": luck,
-                "seed_noise": float(np.sqrt(noise)),
-            },
-            **{"p_value": p, "freedom": freedom},
+            **{"error": error, "patient_error": sampling, "training_error": luck},
+            **{"seed_noise": float(np.sqrt(noise)), "p_value": p, "freedom": freedom},
         }
 
     def differ(self, contrasts: np.ndarray) -> float:
@@ -230,11 +225,10 @@ def paired_correctness(predictions: pd.DataFrame) -> tuple[pd.DataFrame, Cells]:
     """
     rows = predictions.assign(correct=(predictions["label"] == predictions["predicted"]).astype(float))
     keys = ["repeat", "image"]
-    if rows.duplicated([*keys, "variant"]).any():
-        twice = rows[rows.duplicated([*keys, "variant"])].iloc[0]
-        raise ValueError(
-            f"{twice['image']} of {twice['variant']} was predicted twice in repeat {twice['repeat']}"
-        )
+    twice = rows[rows.duplicated([*keys, "variant"])]
+    if len(twice):
+        wrong = "{image} of {variant} was predicted twice in repeat {repeat}"
+        raise ValueError(wrong.format(**twice.iloc[0]))
     table = rows.pivot(index=keys, columns="variant", values="correct")[list(rows["variant"].unique())]
     if table.isna().any(axis=None):
         repeat, image, variant = table.isna().stack().idxmax()
@@ -261,10 +255,6 @@ def mean_estimates(
         counts = np.broadcast_to(found[:, -1:], found[:, :-1].shape)
         return np.stack([found[:, :-1], counts], axis=1)
 
-    draws = np.concatenate([quotient(weights) for weights in _draws(count, n_draws, seed)])
+    n_draws = n_draws if count >= MIN_PATIENTS else 2  # of fewer no error is given
+    draws = np.concatenate([quotient(weights) for weights in bootstrap_weights(count, n_draws, seed)])
     return combine(names, quotient(np.ones((1, count)))[0], draws, count)
-
-
-def _draws(patients: int, n_draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield bootstrap weights; a single draw of ones where there are too few patients for more."""
-    yield from bootstrap_weights(patients, n_draws if patients >= MIN_PATIENTS else 2, seed)

@@ -54,13 +54,12 @@ def grid(rows: int, columns: int, inches: float) -> tuple[plt.Figure, np.ndarray
 
 
 def panels(
-    count: int, in_row: int, inches: tuple[float, float], sharex: bool = False, sharey: bool = False
+    count: int, in_row: int, inches: tuple[float, float], **shared: Any
 ) -> tuple[plt.Figure, list[plt.Axes]]:
-    """Return a figure and so many axes of this width and height, at most in_row in a row."""
+    """Return a figure and so many axes of this width and height, at most in_row in a row; shared: sharex, sharey."""
     columns, rows = min(count, in_row), math.ceil(count / in_row)
     size = (inches[0] * columns + 0.4, inches[1] * rows)
-    how: dict[str, Any] = {"squeeze": False, "layout": "constrained", "sharex": sharex, "sharey": sharey}
-    figure, axes = plt.subplots(rows, columns, figsize=size, **how)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **shared)
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
@@ -152,19 +151,6 @@ def draw_learning(
     return figure
 
 
-def forest_lines(table: pd.DataFrame) -> list[tuple]:
-    """Return (y, heading or None, row or None) from top to bottom: a heading before the rows of each kind."""
-    lines: list[tuple] = []
-    y = 0.0
-    for kind in KIND_LOOKS:
-        rows = table[table["kind"] == kind]
-        if len(rows):
-            lines.append((y, KIND_LOOKS[kind][0], None))
-            lines += [(y + 1 + i, None, row) for i, (_, row) in enumerate(rows.iterrows())]
-            y += len(rows) + 1.5
-    return lines
-
-
 def draw_contrast(axis: plt.Axes, y: float, row: pd.Series) -> None:
     """Draw one contrast's difference and interval, in points, and its numbers at the right."""
     _, marker, color = KIND_LOOKS[row["kind"]]
@@ -194,24 +180,22 @@ def draw_bands(axis: plt.Axes, table: pd.DataFrame, margin: float) -> None:
 
 
 def draw_forest(table: pd.DataFrame, margin: float = EQUIVALENCE) -> plt.Figure:
-    """Return the forest plot of all contrasts, in the order of their declaration."""
-    lines = forest_lines(table)
-    height = 1.3 + 0.32 * (lines[-1][0] + 1.5)
+    """Return the forest plot of all contrasts, in the order of their declaration, with a heading for each kind."""
+    places = 1 + np.arange(len(table)) + 1.5 * pd.factorize(table["kind"])[0]  # downwards
+    height = 1.3 + 0.32 * (places[-1] + 1.5)
     figure, axis = plt.subplots(figsize=(10.5, height))
     figure.subplots_adjust(left=0.27, right=0.69, bottom=1.0 / height, top=1 - 0.1 / height)
     draw_bands(axis, table, margin)
     beside: dict[str, Any] = {"ha": "right", "va": "center", "weight": "bold"}
     beside["transform"] = axis.get_yaxis_transform()
-    for y, heading, row in lines:
-        if heading:
-            axis.text(-0.02, y, heading, **beside)
-        else:
-            draw_contrast(axis, y, row)
-    rows = [(y, row["contrast"]) for y, _, row in lines if row is not None]
-    axis.set_yticks([y for y, _ in rows], [name for _, name in rows])
+    for y, (_, row), same_kind in zip(places, table.iterrows(), table["kind"].duplicated(), strict=True):
+        if not same_kind:
+            axis.text(-0.02, y - 1, KIND_LOOKS[row["kind"]][0], **beside)
+        draw_contrast(axis, y, row)
+    axis.set_yticks(places, table["contrast"])
     axis.text(1.37, 0, "points (95 % CI)", fontsize=9, **beside)
     axis.text(1.52, 0, "Holm p", fontsize=9, **beside)
-    axis.set(ylim=(lines[-1][0] + 0.7, -0.7), xlabel="difference in accuracy, percentage points")
+    axis.set(ylim=(places[-1] + 0.7, -0.7), xlabel="difference in accuracy, percentage points")
     axis.margins(x=0.08)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -284,12 +268,11 @@ def draw_sensitivities(
     figure, axis = plt.subplots(figsize=inches, layout="constrained")
     cells = [[metric_of(metrics, name, f"sensitivity_{c}") for c in counts] for name in names]
     image = axis.imshow(100 * np.array(cells)[..., 0], cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for (y, x), _ in np.ndenumerate(np.zeros((len(names), len(counts)))):
+    for y, x in np.ndindex(len(names), len(counts)):
         value, low, high = cells[y][x]
         text = with_interval(value, low, high, digits=0).replace(" (", "\n(").replace(" e", "\ne")
-        axis.text(
-            x, y, text, ha="center", va="center", fontsize=8, color="black" if value > 0.55 else "white"
-        )
+        color = "black" if value > 0.55 else "white"
+        axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
     word = "patients" if patient_level else "slices"
     stars = {c: f"{c}*" if count < MIN_PATIENTS else c for c, count in counts.items()}
     heads = [f"{wrapped(stars[c], 17)}\n{count} {word}" for c, count in counts.items()]
@@ -357,11 +340,10 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
 
 def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
     """Return reliability curves of some variants, a panel each, at most four in a row."""
-    groups = [(name, predictions[predictions["variant"] == name]) for name in shown]
-    figure, axes = panels(len(groups), 4, (2.8, 2.8), sharex=True, sharey=True)
-    colors = variant_colors([name for name, _ in groups])
-    for axis, (name, rows) in zip(axes, groups, strict=True):
-        bins = reliability(rows)
+    figure, axes = panels(len(shown), 4, (2.8, 2.8), sharex=True, sharey=True)
+    colors = variant_colors(shown)
+    for axis, name in zip(axes, shown, strict=True):
+        bins = reliability(predictions[predictions["variant"] == name])
         x, y = 100 * bins["confidence"], 100 * bins["accuracy"]
         axis.plot([0, 100], [0, 100], color="black", lw=0.8)
         axis.vlines(x, 100 * bins["ci_low"], 100 * bins["ci_high"], color=colors[name], lw=1.5)

@@ -113,10 +113,8 @@ def lock_results(results: Path) -> FileLock:
         lock = FileLock(results / ".lock", timeout=0, is_singleton=True)
         lock.acquire()
     except Timeout as err:
-        owner = read_json(results / ".owner.json") or {}
-        who = "process {pid} on {host}, since {since}".format(
-            **{"pid": "?", "host": "?", "since": "?"} | owner
-        )
+        owner = {"pid": "?", "host": "?", "since": "?"} | (read_json(results / ".owner.json") or {})
+        who = "process {pid} on {host}, since {since}".format(**owner)
         advice = "wait for it, shut its kernel down, or set results to another folder"
         raise RuntimeError(f"another notebook uses {results} ({who}): {advice}") from err
     except NotImplementedError as err:  # of filelock

@@ -61,12 +61,8 @@ def unevenness(slices: pd.DataFrame, fold_of: np.ndarray) -> float:
 def fold_table(slices: pd.DataFrame, fold_of: np.ndarray, folds: int, patient_level: bool) -> pd.DataFrame:
     """Return slices and patients of each class (columns) that each fold (rows) holds out."""
     columns = {"slices": ("image", "size")} | ({"patients": ("patient", "nunique")} if patient_level else {})
-    table = {
-        f"repeat {repeat + 1}, fold {fold + 1}": slices[fold_of[repeat] == fold]
-        .groupby("label")
-        .agg(**columns)
-        .stack()
-        for repeat in range(len(fold_of))
-        for fold in range(folds)
-    }
+    table = {}
+    for repeat, fold in np.ndindex(len(fold_of), folds):
+        rows = slices[fold_of[repeat] == fold]
+        table[f"repeat {repeat + 1}, fold {fold + 1}"] = rows.groupby("label").agg(**columns).stack()
     return pd.DataFrame(table).T[list(order_classes(slices["label"]))]

@@ -20,7 +20,6 @@ from step2.bootstrap import (
     patient_ids,
     standard_error,
     sum_by_patient,
-    t_interval,
 )
 from step2.classes import HEALTHY, classes_of, probability_columns
 from step2.estimates import Estimates, combine, find_cells, mean_estimates, paired_correctness
@@ -51,7 +50,7 @@ def metric_table(predictions: pd.DataFrame, n_draws: int = METRIC_DRAWS, seed: i
         for metric, value in metric_draws(rows, codes, tables, np.ones((1, n))).items():
             draws = np.concatenate([block[metric] for block in blocks])
             behind = patients_behind(metric, counts)
-            ends = metric_interval(metric, value[0], standard_error(draws, behind), behind)
+            ends = metric_interval(metric, value[0], draws, behind)
             if metric in both and np.isfinite(ends).all() and 0 < value[0] < 1:
                 ends = interval_of(both[metric], str(variant), logit=metric == "any_auc")
             table.append((variant, metric, value[0], *ends))
@@ -62,12 +61,8 @@ def metric_draws(
     rows: pd.DataFrame, codes: np.ndarray, tables: dict[str, np.ndarray], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return each metric of one variant, dict of float (draws,). weights: float (draws, patients)."""
-
-    def drawn(name: str) -> np.ndarray:
-        table = tables[name]
-        return (weights @ table.reshape(len(table), -1)).reshape(len(weights), *table.shape[1:])
-
-    confusion, classes = drawn("confusion"), classes_of(rows)
+    drawn = {name: np.tensordot(weights, table, 1) for name, table in tables.items()}
+    confusion, classes = drawn["confusion"], classes_of(rows)
     values = confusion_metrics(confusion, classes)
     label = rows["label"].to_numpy()
     aucs = np.array(
@@ -78,28 +73,23 @@ def metric_draws(
     found = np.isfinite(aucs)
     with np.errstate(invalid="ignore", divide="ignore"):
         values["macro_auc"] = np.where(found, aucs, 0).sum(0) / found.sum(0)
-    values["log_loss"] = drawn("loss") / confusion.sum((1, 2))
-    values["calibration_error"] = calibration_error(drawn("calibration"))
+    values["log_loss"] = drawn["loss"] / confusion.sum((1, 2))
+    values["calibration_error"] = calibration_error(drawn["calibration"])
     return values
-
-
-def row_weights(rows: pd.DataFrame) -> np.ndarray:
-    """Return the weight of each row of one variant: 1 / the number of repeats that tested its image."""
-    return (1 / rows.groupby("image")["image"].transform("size")).to_numpy()
 
 
 def patient_tables(rows: pd.DataFrame, codes: np.ndarray) -> dict[str, np.ndarray]:
     """Return sums per patient: confusion (patients, true, called), calibration (patients, bins, 3), loss."""
-    weight, classes = row_weights(rows), classes_of(rows)
+    classes = classes_of(rows)
+    weight = (1 / rows.groupby("image")["image"].transform("size")).to_numpy()  # 1 / repeats that tested it
     truth, called = (pd.Categorical(rows[c], classes).codes.astype(int) for c in ("label", "predicted"))
     p = rows[probability_columns(classes)].to_numpy(float)
     confusion = np.zeros((codes.max() + 1, len(classes), len(classes)))
     np.add.at(confusion, (codes, truth, called), weight)
-    bins = np.minimum((p.max(axis=1) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    sure = p.max(axis=1)
+    bins = np.minimum((sure * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     calibration = np.zeros((codes.max() + 1, CALIBRATION_BINS, 3))  # right, confidence, count
-    np.add.at(
-        calibration, (codes, bins), weight[:, None] * np.c_[truth == called, p.max(axis=1), np.ones(len(p))]
-    )
+    np.add.at(calibration, (codes, bins), weight[:, None] * np.c_[truth == called, sure, np.ones(len(p))])
     loss = -np.log(np.clip(p[np.arange(len(p)), truth], 1e-7, 1))  # 1e-7: what float32 resolves next to 1
     return {"confusion": confusion, "calibration": calibration, "loss": sum_by_patient(weight * loss, codes)}
 
@@ -204,9 +194,7 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
     score, bleed = 1 - rows[f"p_{HEALTHY}"].to_numpy(float), (rows["label"] != HEALTHY).to_numpy()
     variant = rows["variant"].map(names.index).to_numpy()
     places = where.shape[0] * where.shape[1]
-    parts = [
-        np.flatnonzero((variant == v) & (where.cell == c)) for v in range(len(names)) for c in range(places)
-    ]
+    parts = [np.flatnonzero((variant == v) & (where.cell == c)) for v, c in np.ndindex(len(names), places)]
 
     def quotient(weights: np.ndarray) -> np.ndarray:
         found = [measure(score[part], bleed[part], weights[:, where.codes[part]]) for part in parts]
@@ -217,16 +205,17 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
     return combine(names, quotient(np.ones((1, where.patients)))[0], draws, behind)
 
 
-def metric_interval(metric: str, value: float, error: float, n_patients: int) -> tuple[float, float]:
-    """Return the 95 % interval of a metric within its range, NaN where not estimable.
+def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: int) -> tuple[float, float]:
+    """Return the 95 % interval of a metric within its range, NaN where not estimable: value +- t * standard error.
 
-    A proportion of 0 or 1 has no spread in the bootstrap: Wilson's interval, with patients as n, stands in.
+    In simulations with 10 to 1,000 patients it covered 94-96 %, the percentile interval as little as 86 %. A
+    proportion of 0 or 1 has no spread in the bootstrap: Wilson's interval, with patients as n, stands in.
     """
     proportion = metric.startswith(("accuracy", "sensitivity", "specificity", "any_se", "any_sp"))
     if proportion and value in (0, 1) and n_patients >= MIN_PATIENTS:
         return proportion_confint(value * n_patients, n_patients, ALPHA, method="wilson")
-    low, high = t_interval(value, error, n_patients)
-    return np.maximum(low, 0), high if metric == "log_loss" else np.minimum(high, 1)
+    half = stats.t.ppf(1 - ALPHA / 2, max(n_patients - 1, 1)) * standard_error(draws, n_patients)
+    return np.maximum(value - half, 0), value + half if metric == "log_loss" else np.minimum(value + half, 1)
 
 
 class PatientCounts(NamedTuple):
@@ -326,7 +315,7 @@ def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         table = pd.DataFrame({"confidence": confidence / count, "accuracy": right / count, "slices": count})
     patients = (sums[..., 2] > 0).sum(axis=0)
     ends = [
-        metric_interval("accuracy", a, standard_error(d, n), n)
+        metric_interval("accuracy", a, d, n)
         for a, d, n in zip(table["accuracy"], draws.T, patients, strict=True)
     ]
     table[["ci_low", "ci_high"]] = np.array(ends)

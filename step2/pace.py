@@ -12,25 +12,17 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from step2.network import build_network, normalise
 from step2.pictures import Pictures, load, shuffled
 from step2.settings import Settings
-from step2.speed import (
-    OUTPUTS,
-    device_name,
-    find_device,
-    prepare_process,
-    time_steps,
-    usual_speed,
-    what_fits,
-)
+from step2.speed import OUTPUTS, device_name, find_device, prepare_process, time_steps, usual_speed, what_fits
 from step2.training import release_memory
 from step2.variants import require
 
@@ -99,14 +91,7 @@ def network_cost(settings: Settings, half: bool) -> Cost:
     half: in half precision, as on a GPU. PyTorch's own counter of operations takes the backward pass of
     depthwise convolutions for 17 times what it is, so only the forward pass is counted; training takes three.
     """
-    flop, kept, pictures = 0.0, {}, 2
-
-    def count(layer: torch.nn.Module, _given: Any, made: Any) -> None:
-        nonlocal flop
-        if isinstance(layer, torch.nn.Conv2d):
-            flop += 2 * made.numel() * layer.in_channels / layer.groups * math.prod(layer.kernel_size)
-        elif isinstance(layer, torch.nn.Linear):
-            flop += 2 * made.numel() * layer.in_features
+    kept, pictures = {}, 2
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
@@ -114,18 +99,17 @@ def network_cost(settings: Settings, half: bool) -> Cost:
 
     with (
         FakeTensorMode(),
+        FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
         network = build_network(settings, 0.1, OUTPUTS)
-        for layer in network.modules():
-            layer.register_forward_hook(count)
         network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
     weights = count_weights(settings)
     for weight in network.parameters():
         kept.pop(id(weight.untyped_storage()), None)
     saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16
-    return Cost(weights, len(network._blocks), flop / pictures / 1e9, saved / pictures)
+    return Cost(weights, len(network._blocks), counter.get_total_flops() / pictures / 1e9, saved / pictures)
 
 
 def count_weights(settings: Settings) -> int:
@@ -149,7 +133,7 @@ def estimate_pace(settings: Settings, name: str) -> Pace:
     part = part_that_fits(settings, cost, memory * 1e9)
     train = TRAFFIC * cost.saved / (bandwidth * 1e9) + 3 * cost.gflop / (ARITHMETIC * peak * 1e3)
     train = max(train, LAUNCH_S * cost.blocks / max(part, 1))
-    needs = memory_needed(cost, part)
+    needs = memory_needed(cost, max(part, 1))
     return Pace(cost.weights, train, 0.0, needs, part, f"estimated from the {name}'s data sheet")
 
 
@@ -225,7 +209,6 @@ def time_all(given: tuple[list[tuple[Settings, int]], list[Settings]]) -> tuple[
 def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:
     """Return the pace on this GPU: of as many pictures at a time as fit."""
     prepare_process(settings, device)
-    torch.cuda.reset_peak_memory_stats()
     speed, seconds = what_fits(settings, replace(usual_speed(settings, device), channels_last=True), device)
     memory = float(torch.cuda.max_memory_allocated())
     release_memory(device)

@@ -30,7 +30,7 @@ from step2.settings import PROFILES, Settings, read_settings
 from step2.slices import Slices, read_slices
 from step2.speed import gpu_memory
 from step2.training import is_judged
-from step2.variants import VARIANTS, choose_variants
+from step2.variants import KNOWN_VARIANTS, VARIANTS, choose_variants
 
 SESSION_H, WEEK_H = 12, 30  # Kaggle's, of a session with a GPU and of a week; Colab's sessions are no longer
 A_DAY = 24
@@ -44,10 +44,6 @@ class Size:
     patients: int
     variants: int
     control: bool = True
-
-    def fewer(self, share: float) -> "Size":
-        """Return the same of a share of the patients."""
-        return replace(self, slices=round(self.slices * share), patients=round(self.patients * share))
 
 
 def size_of(slices: Slices, variants: Sequence[str], control: bool) -> Size:
@@ -65,9 +61,9 @@ def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
     found = [("as set", settings, size)]
     found += [(f"folds {k}", other(folds=k), size) for k in (1, 3, 5) if k != settings.folds]
     found += [(f"repeats {r}", other(repeats=r), size) for r in (1, 3) if r != settings.repeats]
-    found += [
-        (f"a {part} of the slices", settings, size.fewer(1 / n)) for part, n in (("third", 3), ("tenth", 10))
-    ]
+    for part, share in (("third", 1 / 3), ("tenth", 1 / 10)):
+        fewer = replace(size, slices=round(size.slices * share), patients=round(size.patients * share))
+        found.append((f"a {part} of the slices", settings, fewer))
     for name in PROFILES:
         if name != settings.profile:
             found.append((f"profile {name}", other(**PROFILES[name], profile=name), size))
@@ -83,11 +79,10 @@ def plan_table(settings: Settings, size: Size, gpu: str | None = None) -> pd.Dat
     gpu: the name of one that is not here.
     """
     rows = choices(settings, size)
-    several = {s.profile: s for _, s, _ in rows}
-    found = (
-        [estimate_pace(s, gpu) for s in several.values()] if gpu else measure_paces(list(several.values()))
-    )
-    paces = dict(zip(several, found, strict=True))
+    profiles = {s.profile: s for _, s, _ in rows}
+    several = list(profiles.values())
+    found = [estimate_pace(s, gpu) for s in several] if gpu else measure_paces(several)
+    paces = dict(zip(profiles, found, strict=True))
     return pd.DataFrame([plan_row(*row, paces[row[1].profile]) for row in rows])
 
 
@@ -99,9 +94,12 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     trained = min(steps * settings.batch_size, size.slices - held_out) * settings.epochs
     judged = held_out * sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs))
     forward = replace(pace, train=pace.train / 3).seconds(settings.workers)
-    seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / settings.processes
+    processes, basis = settings.processes, pace.basis
+    if settings.cluster:
+        processes, basis = 1, f"{basis}; hours of one worker of the cluster, several share them"
+    seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / processes
     # of each run its last and best weights, of each process a checkpoint
-    disk = (4 * runs + 14 * settings.processes) * pace.weights
+    disk = (4 * runs + 14 * processes) * pace.weights
     tested = size.patients if settings.folds > 1 else round(size.patients / 5)  # of a single split, one side
     points = detectable_points(
         tested,
@@ -112,25 +110,22 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
         control=size.control,
     )
     return {
-        **{
-            "choice": choice,
-            "profile": settings.profile,
-            "folds": settings.folds,
-            "repeats": settings.repeats,
-        },
+        **{"choice": choice, "profile": settings.profile},
+        **{"folds": settings.folds, "repeats": settings.repeats},
         **{"slices": size.slices, "patients": size.patients, "runs": runs, "pictures": runs * trained},
         **{"hours": seconds / 3600, "memory_gb": pace.memory / 1e9},
         **{"batch_size": settings.batch_size, "at_a_time": pace.part},
-        **{"disk_gb": disk / 1e9, "detectable": points, "basis": pace.basis},
+        **{"disk_gb": disk / 1e9, "detectable": points, "basis": basis},
         **{"loaded_per_s": 1 / pace.load if pace.load else np.nan, "trained_per_s": 1 / pace.train},
     }
 
 
 def room_here(settings: Settings) -> tuple[float, float]:
-    """Return the bytes that are free where results go, and of memory for each process, infinite on a GPU."""
+    """Return the bytes that are free where results go, and of memory for each process: infinite on a GPU or a
+    cluster."""
     settings.results.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory().available / settings.processes
-    return shutil.disk_usage(settings.results).free, math.inf if settings.gpus else memory
+    return shutil.disk_usage(settings.results).free, math.inf if settings.gpus or settings.cluster else memory
 
 
 def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = math.inf) -> list[str]:
@@ -138,13 +133,13 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
 
     disk, memory: as room_here tells.
     """
-    row = table.iloc[0]
-    work = f"{row['runs']} runs train {row['pictures']:,} pictures"
-    lines = [f"{work} in about {in_hours(row['hours'])} ({row['basis']})"]
-    if row["hours"] > A_DAY:
-        lines[0] += f": {row['hours'] / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
-    if row["hours"] > SESSION_H:
-        sessions, weeks = math.ceil(row["hours"] / SESSION_H), row["hours"] / WEEK_H
+    row, hours = table.iloc[0], table["hours"].iloc[0]
+    took = f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
+    lines = [f"{row['runs']} runs train {row['pictures']:,} pictures in about {took} ({row['basis']})"]
+    if hours > A_DAY:
+        lines[0] += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
+    if hours > SESSION_H:
+        sessions, weeks = math.ceil(hours / SESSION_H), hours / WEEK_H
         lines.append(
             f"where a session ends after {SESSION_H} hours, that is {sessions} of them, and {weeks:.1f} weeks of "
             f"{WEEK_H} GPU hours: set max_hours, and start again each time"
@@ -177,25 +172,16 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
     return lines
 
 
-def in_hours(hours: float) -> str:
-    """Return '12 minutes' or '3.5 hours'."""
-    return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
-
-
 def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns to read, rounded as far as they are known."""
     shown = table.set_index("choice")
-    shown = shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
+    return shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
         hours=shown["hours"].map("{:.2g}".format),
         **{"memory, GB": shown["memory_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
         **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
-        **{
-            "finds, points": shown["detectable"].map(
-                lambda points: "-" if np.isnan(points) else f"{points:.1f}"
-            )
-        },
+        **{"finds, points": shown["detectable"].map("{:.1f}".format).replace("nan", "-")},
+        known=shown["basis"],
     )
-    return shown.assign(known=table["basis"].to_numpy())
 
 
 def main() -> None:
@@ -211,6 +197,8 @@ def main() -> None:
     parser.add_argument("--patients", type=int, help="of whom they are (default: half as many)")
     parser.add_argument("--gpu", help=f"one that is not here: {', '.join(GPUS)}")
     args = parser.parse_args()
+    if args.patients and not args.slices:
+        parser.error("--patients says whose slices they are: name --slices too")
     try:
         gpus, memory = torch.cuda.device_count(), gpu_memory()
         if args.gpu:
@@ -218,7 +206,8 @@ def main() -> None:
         given = {"profile": args.profile, "weights": "none", "results": args.results}
         settings = read_settings(given, gpus, memory)
         if args.slices:
-            size = Size(args.slices, args.patients or args.slices // 2, len(VARIANTS))
+            asked = {None: VARIANTS, "all": KNOWN_VARIANTS}.get(args.variants) or args.variants.split(",")
+            size = Size(args.slices, args.patients or args.slices // 2, len(asked))
         else:
             slices, chosen = read_slices(args.data), choose_variants(args.variants, args.data)
             size = size_of(slices, chosen, control=True)

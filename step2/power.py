@@ -18,8 +18,8 @@ from step2.estimates import cautious, degrees_of_freedom, satterthwaite
 QUANTILES = 60  # of a chi-squared variable, in its place; 200 move no result by 0.01 points
 
 
-def detectable_difference(error: float, freedom: float, comparisons: int = 1) -> float:
-    """Return the smallest true difference found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
+def detectable_difference(error: pd.Series, freedom: pd.Series, comparisons: pd.Series) -> pd.Series:
+    """Return the smallest true differences found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
     return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
 
 

@@ -67,11 +67,11 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
         for run, done in noted
         if done["part"] < batch
     ]
-    made = {
-        name: _different(done[name] for _, done in noted)
-        for name in ("device", "speed", "threads", "system", "versions")
-    }
+    made: dict[str, list] = {name: [] for name in ("device", "speed", "threads", "system", "versions")}
     for name, ways in made.items():
+        for _, done in noted:
+            if done[name] not in ways:
+                ways.append(done[name])
         if len(ways) > 1:
             fallbacks.append(f"runs differ in their {name}, which may explain differences: {ways}")
     if weights.used == "none" != weights.requested:
@@ -88,7 +88,7 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
             {
                 **run._asdict(),
                 "seed": comparison.seed(run),
-                "folder": comparison.folder(run).name,
+                "folder": comparison.folders[run].name,
                 "seconds": round(done["seconds"], 1),
                 **{name: ways.index(done[name]) for name, ways in made.items()},
             }
@@ -97,34 +97,22 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _different(values: Any) -> list:
-    """Return each value once, in order."""
-    found: list = []
-    for value in values:
-        found += [] if value in found else [value]
-    return found
-
-
 class Report:
     """Where figures and tables go, and the line under every title that says what made them."""
 
     def __init__(self, results: Path, caption: str, patient_level: bool, identity: str):
-        self.results, self.caption, self.patient_level = results, caption, patient_level
-        self.identity = identity
+        self.results, self.caption, self.identity = results, caption, identity
+        self.level = "" if patient_level else OPTIMISTIC
         earlier, self.written = put_aside(results, identity)
         if earlier:
             print(f"tables and figures of another comparison were moved to {earlier}")
-
-    def level(self) -> str:
-        """Return the warning that belongs into every title where patients are unknown."""
-        return "" if self.patient_level else OPTIMISTIC
 
     def figure(self, figure: plt.Figure, title: str, name: str, says: str | list[str] = "") -> None:
         """Title a figure, write it as PNG and SVG, show it with what it says beneath, and close it."""
         width, height = figure.get_size_inches()
         small = textwrap.fill(self.caption, max(int(width * 15), 40))
         above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
-        figure.text(0.5, above, title + self.level(), ha="center", va="bottom", weight="bold", size=12)
+        figure.text(0.5, above, title + self.level, ha="center", va="bottom", weight="bold", size=12)
         figure.text(0.5, 1 + 0.08 / height, small, ha="center", va="bottom", size=8, color="#444444")
         drawn = {ending: io.BytesIO() for ending in ("png", "svg")}
         for ending, buffer in drawn.items():
@@ -137,7 +125,7 @@ class Report:
 
     def table(self, table: pd.DataFrame, title: str) -> None:
         """Show a table under its title and caption; as plain text outside of a notebook."""
-        caption = f"{title}{self.level()}: {self.caption}"
+        caption = f"{title}{self.level}: {self.caption}"
         if get_ipython():
             display(table.style.set_caption(caption))
         else:

@@ -143,21 +143,13 @@ class Comparison:
             folders[run] = self.settings.results / "runs" / run.variant / name
         return folders
 
-    def folder(self, run: Run) -> Path:
-        """Return a run's folder."""
-        return self.folders[run]
-
     def testing_file(self, run: Run) -> str:
         """Return the name of a run's file of probabilities for TestingData, with a hash of those pictures."""
         return f"testing-{self.testing_digests[run.variant][:10]}.csv"
 
-    def needs_testing(self, run: Run) -> bool:
-        """Tell whether a run predicts TestingData."""
-        return not (run.control or self.slices.testing.empty)
-
     def identity(self) -> str:
         """Return a hash of all folders and testing pictures: that of another comparison is another one."""
-        names = [str(self.folder(run).relative_to(self.settings.results)) for run in self.runs]
+        names = [str(folder.relative_to(self.settings.results)) for folder in self.folders.values()]
         text = json.dumps([names, sorted(self.testing_digests.values())])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -195,22 +187,22 @@ def read_done(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def is_trained(comparison: Comparison, run: Run) -> bool:
     """Tell whether a run is trained to its end and all it left behind is whole."""
-    done, damaged = read_done(comparison.folder(run))
+    done, damaged = read_done(comparison.folders[run])
     return done is not None and not [name for name in damaged if not name.startswith("testing-")]
 
 
 def is_complete(comparison: Comparison, run: Run) -> bool:
     """Tell whether a run is trained, and has predicted TestingData as it is now."""
-    done, damaged = read_done(comparison.folder(run))
-    needed = comparison.testing_file(run) if comparison.needs_testing(run) else None
-    return done is not None and not damaged and (needed is None or needed in done["files"])
+    done, damaged = read_done(comparison.folders[run])
+    if done is None or damaged:
+        return False
+    return run.control or comparison.slices.testing.empty or comparison.testing_file(run) in done["files"]
 
 
 def remove_damaged(comparison: Comparison) -> list[str]:
     """Remove what is damaged of finished runs, and return a line for each; it will be made again."""
     lines = []
-    for run in comparison.runs:
-        folder = comparison.folder(run)
+    for folder in comparison.folders.values():
         done, damaged = read_done(folder)
         for name in damaged:
             (folder / name).unlink(missing_ok=True)
@@ -235,7 +227,7 @@ def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = mat
     device = find_device()
     prepare_process(comparison.settings, device)
     speed = choose_speed(comparison.settings, comparison.steps_to_compile, device)
-    folder = comparison.folder(run)
+    folder = comparison.folders[run]
     folder.mkdir(parents=True, exist_ok=True)
     if not is_trained(comparison, run):
         finish_run(comparison, run, speed, device, tell, ends)
@@ -248,7 +240,7 @@ def finish_run(
     comparison: Comparison, run: Run, speed: Speed, device: torch.device, tell: Tell, ends: float
 ) -> None:
     """Train a run and write predictions, history and weights, then done.json; remove the checkpoint."""
-    settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folder(run)
+    settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folders[run]
     classes = comparison.slices.classes
     labels = slices["label"].map(classes.index).to_numpy(copy=True)
     job = RunInput(
@@ -293,7 +285,7 @@ def finish_run(
 def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torch.device) -> None:
     """Write a trained run's probabilities for TestingData, and note them in done.json."""
     settings, images = comparison.settings, list(comparison.slices.testing["image"])
-    folder, name = comparison.folder(run), comparison.testing_file(run)
+    folder, name = comparison.folders[run], comparison.testing_file(run)
     classes = comparison.slices.classes
     trainer = Trainer(settings, speed, 0.1, device, len(classes))
     load_last(comparison, run, trainer.network)
@@ -321,13 +313,13 @@ def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray, classes: tup
 
 def read_note(comparison: Comparison, run: Run) -> dict[str, Any]:
     """Return what a finished run noted; ValueError that names the file where there is no whole one."""
-    done, _ = read_done(comparison.folder(run))
-    return done or refuse(comparison.folder(run) / "done.json")
+    done, _ = read_done(comparison.folders[run])
+    return done or refuse(comparison.folders[run] / "done.json")
 
 
 def read_result(comparison: Comparison, run: Run, name: str) -> bytes:
     """Return a file that a finished run left behind; ValueError that names it where it was changed."""
-    noted, path = read_note(comparison, run)["files"].get(name), comparison.folder(run) / name
+    noted, path = read_note(comparison, run)["files"].get(name), comparison.folders[run] / name
     content = path.read_bytes() if path.is_file() else b""
     return content if hashlib.sha256(content).hexdigest() == noted else refuse(path)
 
@@ -353,13 +345,8 @@ def collect(comparison: Comparison, control: bool, name: str) -> pd.DataFrame:
     """Return all runs' files of this name as one table, in a fixed order; empty where there is no run."""
     runs = [run for run in comparison.runs if run.control == control]
     runs.sort(key=lambda run: (comparison.variants.index(run.variant), run))
-    tables = []
-    for run in runs:
-        table = read_table(comparison, run, name)
-        for place, (column, value) in enumerate(run._asdict().items()):
-            table.insert(place, column, value)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables = {run: read_table(comparison, run, name) for run in runs}
+    return pd.concat(tables, names=Run._fields).droplevel(-1).reset_index() if tables else pd.DataFrame()
 
 
 def collect_predictions(comparison: Comparison, control: bool = False) -> pd.DataFrame:
@@ -379,9 +366,8 @@ def collect_predictions(comparison: Comparison, control: bool = False) -> pd.Dat
 
 def collect_history(comparison: Comparison) -> pd.DataFrame:
     """Return the epochs of all runs, control included, DataFrame."""
-    return pd.concat(
-        [collect(comparison, control, "history.csv") for control in (False, True)], ignore_index=True
-    )
+    both = [collect(comparison, control, "history.csv") for control in (False, True)]
+    return pd.concat(both, ignore_index=True)
 
 
 def average_testing(comparison: Comparison, variant: str) -> pd.DataFrame:

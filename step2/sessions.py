@@ -27,9 +27,8 @@ def whole_part(comparison: Comparison, missing: Collection[Run]) -> Comparison:
     finished = [place for of in repeats if len(of) == comparison.settings.folds for place in of]
     kept = finished or max(repeats, key=len)
     if not kept:
-        done = (
-            f"{len(comparison.runs) - len(missing)} of {len(comparison.runs)} runs are trained, no whole fold"
-        )
+        count = len(comparison.runs)
+        done = f"{count - len(missing)} of {count} runs are trained, no whole fold"
         raise RuntimeError(f"the time is over, {done}: run the same again, training goes on where it was")
     return replace(comparison, only=tuple(kept))
 

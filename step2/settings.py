@@ -138,10 +138,7 @@ class Settings(Recipe):
 
 
 def read_settings(
-    given: Mapping[str, Any],
-    gpus: int = 0,
-    gpu_memory: float = math.inf,
-    before: Iterable[str] | None = None,
+    given: Mapping[str, Any], gpus: int = 0, gpu_memory: float = math.inf, before: Iterable[str] | None = None
 ) -> Settings:
     """Return all settings: what was given, else the profile's; ValueError with a sentence for each wrong one.
 
@@ -176,10 +173,8 @@ def read_settings(
 
 def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]:
     """Return the profile and why: the wanted one, or of "auto" what this machine can train."""
-    known = ", ".join(("auto", *PROFILES))
-    require(
-        isinstance(wanted, str) and wanted in ("auto", *PROFILES), f"profile = {wanted!r}: choose of {known}"
-    )
+    names = ("auto", *PROFILES)
+    require(wanted in names, f"profile = {wanted!r}: choose of {', '.join(names)}")
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:

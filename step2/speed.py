@@ -123,6 +123,8 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
 def what_fits(settings: Settings, base: Speed, device: torch.device) -> tuple[Speed, float]:
     """Return base with its slices at a time halved until they fit, and the seconds of such a step."""
     while True:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what did not fit is no part of it
         try:
             return base, time_steps(settings, base, device)[0]
         except RuntimeError as err:

@@ -63,14 +63,9 @@ class Compared:
 
 
 def compare(
-    predictions: pd.DataFrame | Compared,
-    control: pd.DataFrame | None = None,
-    n_draws: int = DRAWS,
-    seed: int = 0,
+    predictions: pd.DataFrame, control: pd.DataFrame | None = None, n_draws: int = DRAWS, seed: int = 0
 ) -> Compared:
-    """Return the estimates that contrast_table, best_set and pair_table take instead of predictions."""
-    if isinstance(predictions, Compared):
-        return predictions
+    """Return what contrast_table, pair_table and best_set are made of."""
     declared, rows = all_contrasts(predictions, control)
     correct, cells = paired_correctness(rows)
     found = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
@@ -78,31 +73,21 @@ def compare(
 
 
 def contrast_table(
-    predictions: pd.DataFrame | Compared,
-    control: pd.DataFrame | None = None,
-    n_draws: int = DRAWS,
-    seed: int = 0,
-    margin: float = EQUIVALENCE,
-    learning: Collection[str] = (),
+    compared: Compared, margin: float = EQUIVALENCE, learning: Collection[str] = ()
 ) -> pd.DataFrame:
     """Return all contrasts, DataFrame of CONTRAST_COLUMNS; the A/A control's is the last row.
 
-    predictions: the table, or what compare made of it and the control, which ends the need for
-    control, n_draws and seed. Differences, errors and the SD of one training are fractions of 1, as accuracy is.
-    Holm's correction runs within the primary contrasts, and within the factorial effects. margin: of
-    equivalence. learning: variants that did not converge, which verdicts name.
+    Differences, errors and the SD of one training are fractions of 1, as accuracy is. Holm's correction runs
+    within the primary contrasts, and within the factorial effects. margin: of equivalence. learning: variants
+    that did not converge, which verdicts name.
     """
-    compared = compare(predictions, control, n_draws, seed)
     if not compared.declared:
         return pd.DataFrame(columns=CONTRAST_COLUMNS)
     table = pd.DataFrame([contrast_row(declared, compared) for declared in compared.declared])
     table[["training_sd", "training_sd_low", "training_sd_high"]] = compared.found.seen
     table["p_holm"] = table.groupby("kind")["p_value"].transform(holm)
     family = table.groupby("kind")["kind"].transform("size")
-    table["detectable"] = [
-        detectable_difference(row.error, row.freedom, m)
-        for row, m in zip(table.itertuples(), family, strict=True)
-    ]
+    table["detectable"] = detectable_difference(table["error"], table["freedom"], family)
     table["band"] = [band_position(row, margin) for _, row in table.iterrows()]
     table["verdict"] = [verdict(row, margin, learning) for _, row in table.iterrows()]
     return table[CONTRAST_COLUMNS]
@@ -164,46 +149,31 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, adjusted)
 
 
-def pair_table(
-    predictions: pd.DataFrame | Compared,
-    control: pd.DataFrame | None = None,
-    n_draws: int = DRAWS,
-    seed: int = 0,
-) -> pd.DataFrame:
+def pair_table(compared: Compared) -> pd.DataFrame:
     """Return the effect of each step in each pair of variants that differ by it alone, DataFrame.
 
-    predictions: as for contrast_table. Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's
-    pairs having one effect; NaN for a single pair). Exploratory: nothing corrects for their number.
+    Columns: step, a, b, difference, ci_low, ci_high, p_differ (of the step's pairs having one effect; NaN for a
+    single pair). Exploratory: nothing corrects for their number.
     """
-    compared = compare(predictions, control, n_draws, seed)
-    pairs, found = step_pairs(compared.variants), compared.found
-    rows = []
-    for step, of_step in pairs.items():
+    found, rows = compared.found, []
+    for step, of_step in step_pairs(compared.variants).items():
         contrasts = np.array([found.coefficients([pair]) for pair in of_step])
-        p = found.differ(contrasts) if len(contrasts) > 1 else np.nan
+        p = found.differ(contrasts)
         for (a, b), contrast in zip(of_step, contrasts, strict=True):
-            row = found.contrast(contrast)
-            kept = {name: row[name] for name in ("difference", "ci_low", "ci_high")}
-            rows.append({"step": step, "a": a, "b": b, **kept, "p_differ": p})
+            rows.append({"step": step, "a": a, "b": b, **found.contrast(contrast), "p_differ": p})
     return pd.DataFrame(rows, columns=["step", "a", "b", "difference", "ci_low", "ci_high", "p_differ"])
 
 
 # ---------------------------------------- which is best
 
 
-def best_set(
-    predictions: pd.DataFrame | Compared,
-    control: pd.DataFrame | None = None,
-    n_draws: int = DRAWS,
-    seed: int = 0,
-) -> pd.DataFrame:
+def best_set(compared: Compared, seed: int = 0) -> pd.DataFrame:
     """Return which variants can't be told from the best, by Hsu's multiple comparisons with the best (1984).
 
-    predictions: as for contrast_table. DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low,
-    ci_high), most accurate first: a variant minus the best other one, with 95 % simultaneous intervals, so that
-    the set holds the truly best variant in 95 % of such studies. The control only helps to know the training noise.
+    DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high), most accurate first: a
+    variant minus the best other one, with 95 % simultaneous intervals, so that the set holds the truly best
+    variant in 95 % of such studies. The control only helps to know the training noise.
     """
-    compared = compare(predictions, control, n_draws, seed)
     return best_of(compared.found, compared.variants, seed)
 
 
@@ -248,12 +218,8 @@ def difference_verdict(row: pd.Series, margin: float) -> str:
     verbs = ("beats", "is worse than")
     if row["kind"] == "factorial":
         step = row["contrast"].removeprefix("effect of ")
-        better, equal, unclear = (
-            f"{step} {{}}",
-            f"{step} makes no difference",
-            f"whether {step} helps or hurts",
-        )
-        verbs = ("helps", "hurts")
+        better, equal = f"{step} {{}}", f"{step} makes no difference"
+        unclear, verbs = f"whether {step} helps or hurts", ("helps", "hurts")
     if is_significant(row):
         text = f"{better.format(verbs[row['difference'] < 0])} by {in_points_unsigned(row)}"
         return text + (f", less than the {size} that would matter" if band == "inside" else "")

@@ -1,7 +1,6 @@
 """One slice led through Step 1's single steps, one after the other, for the eye. Uses Step 1 and figures."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,14 +44,11 @@ def read_slice(path: Path) -> tuple[step1.CTSlice, str]:
         grey, shown = step1.dicom2png(hu, ds)
     except step1.UnsuitableFile as err:
         raise ValueError(f"{path}: {err}") from err
-    window: Any = shown.get("window_center"), shown.get("window_width")
-    words = (
-        "the header's look-up table"
-        if None in window
-        else "the header's window, {:g}/{:g} HU".format(*window)
-    )
+    words = "the header's look-up table"
     if shown["window_source"] == "default":
         words = "no window in the header: brain window"
+    elif shown.get("window_width") is not None:
+        words = f"the header's window, {shown['window_center']:g}/{shown['window_width']:g} HU"
     return step1.whole_slice(hu, grey, step1.BRAIN_WINDOW), words
 
 

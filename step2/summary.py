@@ -175,9 +175,8 @@ def endpoints_in_words(
             for _, row in table.iterrows()
             if is_significant(row)
         ]
-        said.append(
-            f"{name}, against {BASELINE}: {'; '.join(clear) or 'no difference that these data show'}."
-        )
+        found = "; ".join(clear) or "no difference that these data show"
+        said.append(f"{name}, against {BASELINE}: {found}.")
     order = {}
     for metric in ("accuracy", "any_auc"):
         rows = metrics[metrics["metric"] == metric].sort_values("value", ascending=False, kind="stable")

@@ -6,11 +6,6 @@ from pathlib import Path
 
 from Step1_Image_Preprocessing import BUNDLES, EXTRA_VARIANTS, KNOWN_VARIANTS, VARIANTS, single_steps
 
-__all__ = [
-    *("BASELINE", "EXTRA_VARIANTS", "KNOWN_VARIANTS", "VARIANTS"),
-    *("choose_variants", "require", "step_pairs"),
-]
-
 BASELINE = next(name for name, steps in VARIANTS.items() if not steps)
 IN_WORDS = {  # what a variant has more than another -> the effect's name
     BUNDLES["roi"]: "ROI (mask and brain window)",

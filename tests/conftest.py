@@ -11,12 +11,10 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests file by file, several files at once; those that start processes first, one after the other."""
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
-    for item in items:
-        alone = item.get_closest_marker("processes")
-        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+def pytest_configure() -> None:
+    """Give each process that runs tests one core: threads that wait for a busy one make both slow."""
+    for library in ("OMP", "MKL", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
 def make_ct(stored: np.ndarray, **elements) -> Dataset:

@@ -16,7 +16,7 @@ from step2.folds import fold_table, make_folds
 from step2.metrics import guesses, metric_table, patient_counts, patients_behind
 from step2.report import describe_runs
 from step2.slices import count_classes, read_slices
-from step2.statistics import best_set, contrast_table, score_testing
+from step2.statistics import best_set, compare, contrast_table, score_testing
 
 FOREIGN = ("0", "1")  # as in TrainingData/0/, TrainingData/1/, which a table reads as numbers
 PAIR = ("healthy", "stroke")
@@ -197,7 +197,7 @@ def test_words_of_this_program_may_be_classes():
 @pytest.mark.parametrize("classes", CASES, ids=IDS)
 def test_figures_and_summary_follow_the_classes(classes):
     table = table_of(classes)
-    metrics, contrasts = metric_table(table, n_draws=20), contrast_table(table, n_draws=100)
+    metrics, compared = metric_table(table, n_draws=20), compare(table, n_draws=100)
     drawn = [
         figures.draw_accuracy(table, metrics),
         figures.draw_sensitivities(table, metrics),
@@ -213,7 +213,7 @@ def test_figures_and_summary_follow_the_classes(classes):
         plt.close(figure)
     endpoints = endpoint_table(table, n_draws=20)
     text = summary.summarize(
-        table, contrasts, metrics, best_set(table, n_draws=100), "caption", True, endpoints=endpoints
+        *(table, contrast_table(compared), metrics, best_set(compared), "caption", True), endpoints=endpoints
     )
     assert f"{len(classes)} classes ({', '.join(classes)})" in text and "nan" not in text
     assert ("AUC" in text) == ("healthy" in classes)

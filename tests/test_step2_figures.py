@@ -13,7 +13,7 @@ from step2.report import Report, make_caption
 from step2.runs import Comparison
 from step2.settings import read_settings
 from step2.slices import Slices
-from step2.statistics import contrast_table, pair_table
+from step2.statistics import compare, contrast_table, pair_table
 from step2.variants import KNOWN_VARIANTS
 
 TWO = ("0_Dicom2PNG", "1_ROI")
@@ -21,21 +21,21 @@ TWO = ("0_Dicom2PNG", "1_ROI")
 
 @pytest.fixture(scope="module", params=[2, 7])
 def tables(request):
-    """Return predictions of so many variants, their metrics and their contrasts."""
+    """Return predictions of so many variants, their metrics and what contrasts are made of."""
     table = random_table(24, 2, ALL_VARIANTS[: request.param], folds=3, repeats=2)
-    return table, metric_table(table, n_draws=60), contrast_table(table, n_draws=60)
+    return table, metric_table(table, n_draws=60), compare(table, n_draws=60)
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda table, metrics, contrasts: figures.draw_forest(contrasts),
-        lambda table, metrics, contrasts: figures.draw_pairs(pair_table(table, n_draws=60)),
-        lambda table, metrics, contrasts: figures.draw_accuracy(table, metrics, ["1_ROI"]),
-        lambda table, metrics, contrasts: figures.draw_sensitivities(table, metrics),
-        lambda table, metrics, contrasts: figures.draw_confusions(table, TWO),
-        lambda table, metrics, contrasts: figures.draw_any_hemorrhage(table, metrics, TWO),
-        lambda table, metrics, contrasts: figures.draw_reliability(table, metrics, TWO),
+        lambda table, metrics, compared: figures.draw_forest(contrast_table(compared)),
+        lambda table, metrics, compared: figures.draw_pairs(pair_table(compared)),
+        lambda table, metrics, compared: figures.draw_accuracy(table, metrics, ["1_ROI"]),
+        lambda table, metrics, compared: figures.draw_sensitivities(table, metrics),
+        lambda table, metrics, compared: figures.draw_confusions(table, TWO),
+        lambda table, metrics, compared: figures.draw_any_hemorrhage(table, metrics, TWO),
+        lambda table, metrics, compared: figures.draw_reliability(table, metrics, TWO),
     ],
     ids=["forest", "pairs", "accuracy", "sensitivities", "confusions", "any_hemorrhage", "reliability"],
 )
@@ -52,7 +52,7 @@ def axis_texts(figure: plt.Figure) -> str:
 
 
 def test_forest_shows_training_noise_and_hides_a_band_out_of_reach():
-    contrasts = contrast_table(random_table(24, 2, ALL_VARIANTS, folds=3), n_draws=60)
+    contrasts = contrast_table(compare(random_table(24, 2, ALL_VARIANTS, folds=3), n_draws=60))
     for noise, margin, words in ((0.03, 0.01, ["3.0: SD of a difference"]), (0.0, 0.9, ["equivalence band"])):
         figure = figures.draw_forest(contrasts.assign(seed_noise=noise), margin)
         (legend,) = (axis.get_legend() for axis in figure.axes)

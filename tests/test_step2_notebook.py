@@ -1,5 +1,6 @@
 """The notebook, whole: run with papermill, in two processes, on tiny pictures and with an eighth variant."""
 
+import ast
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from conftest import ROOT
 from papermill.exceptions import PapermillExecutionError
 from sklearn.metrics import accuracy_score
 from step2_helpers import CLASSES, TINY, write_pictures
+
+from step2.settings import Settings
 
 pytestmark = pytest.mark.processes
 
@@ -73,6 +76,15 @@ def test_notebook_defines_no_function_and_shows_its_headline_figure(notebook):
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert not re.search(r"^\s*(def|class) ", code, re.MULTILINE)
     assert "forest.png" in notebook.cells[0].attachments
+
+
+def test_cells_take_settings_not_the_parameters_which_may_be_none(notebook):
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    after = next(i for i, text in enumerate(code) if "read_settings(globals()" in text)
+    names = {
+        node.id for text in code[after:] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)
+    }
+    assert not names & set(Settings.model_fields)
 
 
 def test_committed_notebook_was_run_whole(notebook):

@@ -59,6 +59,16 @@ def test_hours_by_hand():
     assert row["trained_per_s"] == pytest.approx(1 / 3) and row["loaded_per_s"] == 1
 
 
+def test_hours_on_a_cluster_are_those_of_one_worker_and_say_so():
+    given = {"epochs": 10, "batch_size": 30, "folds": 3, "processes": 2}
+    pace = Pace(1000, 3.0, 1.0, 5e9, 30, "by hand")
+    size = Size(90, 63, 7)
+    here = plan_row("as set", make_settings(**given), size, pace)
+    there = plan_row("as set", make_settings(**given, cluster="tcp://scheduler:8786"), size, pace)
+    assert there["hours"] == pytest.approx(2 * here["hours"])
+    assert here["basis"] == "by hand" and "one worker of the cluster" in there["basis"]
+
+
 def test_threads_load_while_the_network_trains():
     assert (
         Pace(1, 3.0, 1.0, 0, 1, "").seconds(workers=2) == 3
@@ -170,12 +180,21 @@ def test_command_plans_for_the_pictures_that_are_there(tmp_path, monkeypatch, ca
     assert "9 runs train" in capsys.readouterr().out  # two variants and the control, 3 folds
 
 
+@pytest.mark.parametrize(("variants", "runs"), [("0,1", 15), ("all", 65)])
+def test_command_plans_for_the_variants_that_are_named(tmp_path, monkeypatch, variants, runs):
+    given = ["--profile", "full", "--slices", "6000", "--gpu", "T4", "--variants", variants]
+    monkeypatch.setattr("sys.argv", ["plan", *given, "--results", str(tmp_path)])
+    plan.main()
+    assert pd.read_csv(tmp_path / "plan.csv")["runs"][0] == runs  # and the control, 5 folds
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         (["--gpu", "T5", "--slices", "9"], r"^--gpu T5: choose of T4, P100, "),
         (["--profile", "huge", "--slices", "9"], "^profile = 'huge': choose of auto, full, medium, quick$"),
         (["--data", "nowhere"], "manifest"),
+        (["--patients", "30"], "^2$"),
     ],
 )
 def test_wrong_command_gets_a_sentence(tmp_path, monkeypatch, given, sentence):

@@ -18,7 +18,7 @@ from step2.network import InitialWeights, settle_weights
 from step2.report import make_caption
 from step2.runs import Comparison, Run, average_testing, collect_history, collect_predictions
 from step2.sessions import part_in_words, session_end, whole_part
-from step2.statistics import ALONE, best_set, contrast_table
+from step2.statistics import ALONE, best_set, compare, contrast_table
 from step2.summary import summarize
 from step2.training import OutOfTime, epochs_in_time, read_metadata, tell_until
 
@@ -61,7 +61,7 @@ def tables(comparison: Comparison) -> list[bytes]:
 
 def epochs_done(comparison: Comparison, run: Run) -> int:
     """Return the epochs in a run's checkpoint."""
-    sealed = read_sealed(comparison.folder(run) / "checkpoint.pt")
+    sealed = read_sealed(comparison.folders[run] / "checkpoint.pt")
     return len(json.loads(read_metadata(sealed)["noted"])["history"]) if sealed else 0
 
 
@@ -203,12 +203,14 @@ def test_caption_and_summary_say_which_part_it_is(last_two):
     caption = make_caption(last_two, "")
     said = f"tested: {tested['image'].nunique()} slices of {patients} patients (2 of 3 folds)"
     assert f"{len(training_slices)} slices of 24 patients, {said}" in caption
-    statistics = contrast_table(tested, n_draws=100), best_set(tested, n_draws=100)
+    compared = compare(tested, n_draws=100)
     metrics = pd.DataFrame(
         [(name, m, 0.5, 0.4, 0.6) for name in VARIANTS for m in ("accuracy", "any_auc")],
         columns=["variant", "metric", "value", "ci_low", "ci_high"],
     )
-    text = summarize(tested, statistics[0], metrics, statistics[1], caption, True, part="2 of 3 folds")
+    text = summarize(
+        *(tested, contrast_table(compared), metrics, best_set(compared), caption, True), part="2 of 3 folds"
+    )
     assert text.startswith("# Does preprocessing matter? (2 of 3 folds)\n")
     assert "; 2 of 3 folds of the cross-validation (an interim look: " in text
 
@@ -224,7 +226,7 @@ def test_heat_maps_are_of_a_fold_that_is_there(last_two):
 def test_interval_of_a_single_fold_speaks_of_its_networks_alone():
     table = random_table(patients=300, slices=2, folds=5)
     for folds, alone in (({0}, True), ({0, 3, 4}, False)):
-        verdicts = contrast_table(table[table["fold"].isin(folds)], n_draws=100)["verdict"]
+        verdicts = contrast_table(compare(table[table["fold"].isin(folds)], n_draws=100))["verdict"]
         assert {ALONE in verdict for verdict in verdicts} == {alone}
 
 

@@ -5,13 +5,13 @@ import pytest
 from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
 from step2.metrics import worst_mistakes
-from step2.statistics import contrast_table
+from step2.statistics import compare, contrast_table
 from step2.summary import detectable_text, headline, say_costs, say_mistakes, say_reliability
 
 
 def test_answer_says_on_which_patients_networks_were_trained():
     table = random_table(30, 2, ALL_VARIANTS[:2], folds=2)
-    assert "trained on these patients" in headline(contrast_table(table, n_draws=60))
+    assert "trained on these patients" in headline(contrast_table(compare(table, n_draws=60)))
 
 
 def test_reliability_says_how_far_confidence_is_off():

@@ -39,7 +39,7 @@ from step2.runs import (
 )
 from step2.settings import read_settings
 from step2.slices import read_slices
-from step2.statistics import contrast_table, pair_table, score_testing
+from step2.statistics import compare, contrast_table, pair_table, score_testing
 from step2.variants import choose_variants
 
 
@@ -121,10 +121,10 @@ def report(comparisons: list[Comparison]) -> None:
         accuracies[name] = 100 * right.groupby(predictions["variant"], sort=False).mean()
         convergence = pd.read_csv(comparison.settings.results / "convergence.csv")
         learning[name] = still_learning(convergence)
-        table = contrast_table(predictions, control)
+        table = contrast_table(compare(predictions, control))
         contrasts[name] = table.set_index("contrast").apply(in_points, axis=1)
         all_rows.append(predictions.assign(repeat=number))
-    together = pd.concat(all_rows, ignore_index=True)
+    together = compare(pd.concat(all_rows, ignore_index=True))
     if len(comparisons) > 1:
         contrasts["all seeds"] = contrast_table(together).set_index("contrast").apply(in_points, axis=1)
     shown = pd.DataFrame(accuracies)
