@@ -598,7 +598,7 @@ def refusing(what: str, remedy: str):
 def one_line(err: BaseException | str) -> str:
     """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
     text = " ".join(str(err).split()) or type(err).__name__
-    return re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text)[:160]
+    return textwrap.shorten(re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text), 160, placeholder=" ...")
 
 
 def check_is_ct_slice(ds: Dataset) -> None:
@@ -633,8 +633,7 @@ def check_is_ct_slice(ds: Dataset) -> None:
 
 
 def check_inflated_size(path: Path) -> None:
-    """Raise UnsuitableFile where a deflated data set (PS3.5 A.5) is larger than any CT slice, before pydicom
-    would take the memory for it."""
+    """Raise UnsuitableFile where a deflated data set (PS3.5 A.5) would take more memory than any CT slice."""
     with path.open("rb") as file:
         if uid.DeflatedExplicitVRLittleEndian.encode() not in file.read(4096):
             return
@@ -711,8 +710,8 @@ def decode(ds: Dataset) -> np.ndarray:
     with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
         if plugin and syntax != uid.RLELossless:
             check_codestream(ds)
-        # pydicom warns of bytes that some archives append, and leaves them out, as viewers do
-        stored = pixel_array(ds, decoding_plugin=plugin, allow_excess_frames=False)
+        # pydicom warns of bytes that some archives append to plain pixels, and leaves them out, as viewers do
+        stored = pixel_array(ds, decoding_plugin=plugin, allow_excess_frames=bool(plugin))
     if stored.shape != (ds.Rows, ds.Columns):
         raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
     return stored
@@ -802,7 +801,8 @@ def guarded():
     me = psutil.Process()
     before = me.rlimit(psutil.RLIMIT_DATA) if psutil.LINUX else None  # soft and hard
     if before:
-        limit = me.memory_info().data + MEMORY_LIMIT
+        data = Path("/proc/self/statm").read_text(encoding="ascii").split()[5]  # in pages
+        limit = int(data) * os.sysconf("SC_PAGE_SIZE") + MEMORY_LIMIT
         limit = limit if before[1] == psutil.RLIM_INFINITY else min(limit, before[1])
         me.rlimit(psutil.RLIMIT_DATA, (limit, before[1]))
     with Path(os.devnull).open("w", encoding="ascii") as devnull:
@@ -1329,7 +1329,7 @@ def refusal_of_path(path: Path, root: Path) -> str:
             return "a linked or unreadable folder: put the folder itself here, check the permissions"
         inside = not path.is_symlink() or path.resolve(strict=True).is_relative_to(root)
     except (OSError, RuntimeError):  # ends nowhere or where one may not look; loops
-        return "a link that ends nowhere, or where you may not look: remove it"
+        return "a link that ends nowhere, or where you may not look: remove it, or check the permissions"
     outside = "a link out of the input folder: copy the file here, or name its own folder with --raw-data"
     return "" if inside else outside
 
@@ -1350,7 +1350,7 @@ def find_inputs(raw_data: Path) -> Iterator[Input]:
     unused = set(test_labels)
     for path in walk(raw_data / "TrainingData") if (raw_data / "TrainingData").exists() else ():
         source = path.relative_to(raw_data).as_posix()
-        _, folder, *below = source.split("/")
+        folder, _, below = source.partition("/")[2].partition("/")
         label = classes.get(folded(folder), "") if below else ""
         homeless = "" if label else "in no class folder: move it to TrainingData/<its class>/"
         yield Input(source, path, source, "train", label, refusal_of_path(path, root) or homeless)
@@ -1420,9 +1420,10 @@ def read_rsna_labels(path: Path, files: set[str], by: str):
     columns = [*subtypes, "any"] if by == "any" else subtypes
     if absent := set(columns) - set(rows["subtype"]):
         raise UsageError(f"{path} has no row of {', '.join(sorted(absent))}: unpack the download again")
-    table = rows.groupby(["slice", "subtype"])["Label"].mean().unstack()
-    contradicting = ((table > 0) & (table < 1)).any(axis=1)  # rows that repeat another stay 0 or 1
-    complete = table.loc[~contradicting, columns].dropna() > 0
+    different = rows.drop_duplicates(["ID", "Label"]).groupby(["slice", "subtype"])["Label"]
+    table = different.agg(["size", "max"]).unstack()
+    contradicting = (table["size"] > 1).any(axis=1)
+    complete = table["max"].loc[~contradicting, columns].dropna() > 0
     count = complete[subtypes].sum(axis=1)
     healthy, bleed = RSNA_CLASSES["any"]
     if by == "any":
@@ -1483,7 +1484,6 @@ def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
     quotas = {"train": args.per_class, "test": args.test // len(classes)}
     csv_path, paths = find_rsna_files(rsna)
     labels, left_out = read_rsna_labels(csv_path, set(paths), args.rsna_labels)
-
     shuffled = labels.sample(frac=1, random_state=args.seed)
     pool = shuffled.groupby("label").head(RSNA_CANDIDATES * sum(quotas.values())).sort_values("slice")
     pool["patient"] = [read_patient_id(paths[name]) for name in tqdm(pool["slice"], "patients", disable=None)]

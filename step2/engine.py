@@ -181,8 +181,8 @@ def wait_for_workers(client: Client) -> dict[str, Any]:
     """Return the workers as soon as there is one; RuntimeError if none comes."""
     try:
         client.wait_for_workers(1, timeout=PATIENCE_S)
-    except TimeoutError as err:
-        text = f"the Dask scheduler has had no worker for {PATIENCE_S} s: start some, run again"
+    except OSError as err:  # none came in time, or the scheduler is gone
+        text = f"the Dask scheduler is gone, or has had no worker for {PATIENCE_S} s: start some, run again"
         raise RuntimeError(text) from err
     return client.scheduler_info(n_workers=-1)["workers"]
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pandas as pd
 import psutil
 import torch
 
+from Step1_Image_Preprocessing import variant_names
 from step2.files import write_csv
 from step2.pace import GPUS, Pace, estimate_pace, known_gpu, measure_paces
 from step2.pictures import steps_per_epoch
@@ -30,7 +32,7 @@ from step2.settings import PROFILES, Settings, read_settings
 from step2.slices import Slices, read_slices
 from step2.speed import gpu_memory
 from step2.training import is_judged
-from step2.variants import KNOWN_VARIANTS, VARIANTS, choose_variants
+from step2.variants import VARIANTS, choose_variants
 
 SESSION_H, WEEK_H = 12, 30  # Kaggle's, of a session with a GPU and of a week; Colab's sessions are no longer
 A_DAY = 24
@@ -206,13 +208,14 @@ def main() -> None:
         given = {"profile": args.profile, "weights": "none", "results": args.results}
         settings = read_settings(given, gpus, memory)
         if args.slices:
-            asked = {None: VARIANTS, "all": KNOWN_VARIANTS}.get(args.variants) or args.variants.split(",")
+            names = args.variants.split(",") if args.variants else VARIANTS
+            asked = set(chain.from_iterable(variant_names(name.strip()) for name in names))
             size = Size(args.slices, args.patients or args.slices // 2, len(asked))
         else:
             slices, chosen = read_slices(args.data), choose_variants(args.variants, args.data)
             size = size_of(slices, chosen, control=True)
         table = plan_table(settings, size, args.gpu)
-    except ValueError as err:
+    except (ValueError, argparse.ArgumentTypeError) as err:
         sys.exit(str(err))
     args.results.mkdir(parents=True, exist_ok=True)
     write_csv(args.results / "plan.csv", table)

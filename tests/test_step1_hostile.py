@@ -133,6 +133,15 @@ def test_baseline_jpeg_is_converted(tmp_path):
     assert abs(int(variant0(tmp_path)[30, 30]) - round(40 * 255 / 79)) <= 4  # 40 HU
 
 
+def test_compressed_frames_beyond_what_the_header_says_are_refused(tmp_path):
+    ct = make_ct(plain_head(64), **WINDOW)
+    ct.compress(RLELossless, encoding_plugin=ENCODERS[RLELossless])
+    frame = get_frame(ct.PixelData, 0, number_of_frames=1)
+    ct.PixelData = encapsulate([frame, frame], has_bot=True)
+    row = convert(save(tmp_path / "a", ct), tmp_path)
+    assert row["status"] == "failed" and "decodes to (2, 64, 64)" in row["reason"]
+
+
 @pytest.mark.parametrize("extra", [1, 2, 500, 100_000])  # the last, more than a frame
 def test_uncompressed_pixels_that_are_too_long_are_converted_with_a_warning(extra, tmp_path):
     assert convert(save_ct(tmp_path / "a", GOOD, **WINDOW), tmp_path)["warnings"] == ""

@@ -124,8 +124,9 @@ def test_repeated_rows_and_an_index_column_change_nothing(download, capsys):
     assert "left out: 7 rows that repeat another" in capsys.readouterr().out
 
 
-def test_contradicting_rows_are_left_out_and_counted(download, capsys):
-    write_csv(download, [*read_csv(download), ("ID_epidural0_epidural", 0)])
+@pytest.mark.parametrize("other", [0, 2, "x"])
+def test_contradicting_rows_are_left_out_and_counted(other, download, capsys):
+    write_csv(download, [*read_csv(download), ("ID_epidural0_epidural", other)])
     rows = run(download, "--per-class", "9", "--test", "0")
     assert not rows["image"].str.contains("ID_epidural0").any()
     assert "left out: 1 slices with contradicting rows" in capsys.readouterr().out

@@ -766,6 +766,26 @@ def test_unwritable_output_is_one_clear_line(raw, capsys):
     assert "Traceback" not in error
 
 
+def test_relative_folders_are_those_of_where_it_was_started(raw, monkeypatch):
+    run(raw)
+    monkeypatch.chdir(raw.parent)
+    assert step1.main(["--raw-data", raw.name, "--output", "there", "--jobs", "2"]) == 0
+    here, there = raw.parent / "out", raw.parent / "there"
+    names = [path.relative_to(here) for path in here.rglob("*.png")]
+    assert names and all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
+
+
+def test_file_in_the_place_of_the_training_folder_costs_itself_alone(raw):
+    shutil.rmtree(raw / "TrainingData")
+    (raw / "TrainingData").write_bytes(b"a file")
+    save_ct(raw / "TestingData" / "t.dcm", plain_head())
+    assert run(raw) == 1
+    rows = manifest(raw)
+    assert (
+        "in no class folder" in rows["TrainingData"]["reason"] and rows["TestingData/t.dcm"]["status"] == "ok"
+    )
+
+
 def test_script_runs_from_another_folder(raw, tmp_path):
     command = [sys.executable, str(SCRIPT), "--raw-data", str(raw), "--output", str(tmp_path / "o")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -180,7 +180,7 @@ def test_command_plans_for_the_pictures_that_are_there(tmp_path, monkeypatch, ca
     assert "9 runs train" in capsys.readouterr().out  # two variants and the control, 3 folds
 
 
-@pytest.mark.parametrize(("variants", "runs"), [("0,1", 15), ("all", 65)])
+@pytest.mark.parametrize(("variants", "runs"), [("0,1", 15), ("0, 1,0", 15), ("all", 65)])
 def test_command_plans_for_the_variants_that_are_named(tmp_path, monkeypatch, variants, runs):
     given = ["--profile", "full", "--slices", "6000", "--gpu", "T4", "--variants", variants]
     monkeypatch.setattr("sys.argv", ["plan", *given, "--results", str(tmp_path)])
@@ -195,6 +195,7 @@ def test_command_plans_for_the_variants_that_are_named(tmp_path, monkeypatch, va
         (["--profile", "huge", "--slices", "9"], "^profile = 'huge': choose of auto, full, medium, quick$"),
         (["--data", "nowhere"], "manifest"),
         (["--patients", "30"], "^2$"),
+        (["--slices", "90", "--variants", "0,typo"], "'typo' is none of 0_Dicom2PNG"),
     ],
 )
 def test_wrong_command_gets_a_sentence(tmp_path, monkeypatch, given, sentence):

@@ -17,7 +17,8 @@ by two cores without any loss, would be four times as fast as that way.
 
 Measured on 2 cores of another AMD EPYC, 105 phantoms, 2026-11-26: library calls 118, in strips 98; seven variants in
 one process 125; the program, its start counted, 145 on one process and 84 on two. The same day on a third one, 100
-phantoms: 108, in strips 105; 138; 161 and 93. There, creating a file takes 1.4 ms, a tenth of a slice's time.
+phantoms: 108, in strips 105; 138; 161 and 93. There, creating a file takes 1.4 ms, a tenth of a slice's time. On a
+fourth, where it takes 0.2: 125, in strips 111; 139, ratio 1.10 (six rounds; 1.17 in seven beside another program).
 
 Measured before on 2 cores of an AMD EPYC with nothing else running, 250 phantoms, most of them compressed, ms a
 slice: library calls 85, in strips 72; seven variants in one process 81; the program on 1 and 2 processes 87 and
