@@ -1401,7 +1401,7 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def read_rsna_labels(path: Path, files: set[str], by: str):
-    """Return the slices of stage_2_train.csv that have one class, and count the others.
+    """Return the slices of stage_2_train.csv that have a file and one class, and count the others.
 
     The file has a row for each slice and subtype (ID_x_epidural,1) and one for any of them (ID_x_any,1).
     by: "subtype", of which a slice with several is left out, never forced into one class; or "any".

@@ -70,9 +70,19 @@ def test_same_bytes_as_locally(cluster, raw):
 
 @pytest.mark.parametrize("cluster", ["elsewhere"], indirect=True)
 def test_the_script_as_users_start_it(cluster, raw):
-    out = raw.parent / "out"
-    command = [sys.executable, step1.__file__, "--raw-data", str(raw), "--output", str(out)]
-    done = subprocess.run([*command, "--dask", cluster[0]], capture_output=True, text=True, check=False)
+    """Its folders are relative to where it is started, which is not where the workers are."""
+    out, here = raw.parent / "out", raw / "TrainingData"
+    command = [
+        sys.executable,
+        step1.__file__,
+        "--raw-data",
+        "..",
+        "--output",
+        "../../out",
+        "--dask",
+        cluster[0],
+    ]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr  # bad.dcm
     assert len(list(out.rglob("*.png"))) == 40 * 7 + 1
 

@@ -330,6 +330,19 @@ def test_patient_with_several_classes_stays_on_one_side():
     }
 
 
+@pytest.mark.parametrize(
+    ("patients", "test_per_class", "tested"),
+    [(4, 100, 2), (10, 4, 4)],
+    ids=["at most half of a class's patients", "as many as have that many slices"],
+)
+def test_patients_of_the_test_side(patients, test_per_class, tested):
+    """A slice each; the share of 4 in 34 slices alone would be two of the ten patients."""
+    rows = [(f"ID_{i}", "healthy", f"P{i}") for i in range(patients)]
+    candidates = pd.DataFrame(rows, columns=["slice", "label", "patient"])
+    chosen = step1.choose_slices(candidates, per_class=30, test_per_class=test_per_class, seed=0)
+    assert (chosen["split"] == "test").sum() == tested and len(chosen) == patients
+
+
 def test_real_download_sample(real_ct, tmp_path, capsys):
     out = tmp_path / "out"
     assert step1.main(["--rsna", str(real_ct / "rsna_sample"), "--output", str(out)]) == 0

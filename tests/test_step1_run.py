@@ -324,6 +324,13 @@ def test_preview_ends_with_the_middle_of_the_brain_at_full_size(raw, variants):
     assert (last[:, :, 100:] == round(70 * 255 / 79)).all()
 
 
+def test_preview_keeps_the_shape_of_a_slice_that_is_no_square(raw):
+    save_ct(raw / "TrainingData" / "healthy" / "a.dcm", plain_head()[32:96], WindowCenter=40, WindowWidth=80)
+    run(raw, "--variants", "0", "1")
+    tile = preview_tiles(raw, 3, 2)[0, :, 0]
+    assert tile[:96, :196].any(axis=1).all() and not tile[100:].any()  # its edge is smoothed
+
+
 def test_preview_prefers_the_most_common_header_window(raw):
     """Not that of more bone, nor the first by name."""
     window = {"WindowCenter": 100, "WindowWidth": 600}

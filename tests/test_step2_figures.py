@@ -61,6 +61,14 @@ def test_forest_shows_training_noise_and_hides_a_band_out_of_reach():
         plt.close(figure)
 
 
+def test_forest_has_one_heading_above_each_kind():
+    contrasts = contrast_table(compare(random_table(24, 2, ALL_VARIANTS, folds=3), n_draws=60))
+    figure = figures.draw_forest(contrasts)
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    plt.close(figure)
+    assert [texts.count(figures.KIND_LOOKS[kind][0]) for kind in contrasts["kind"].unique()] == [1, 1]
+
+
 def test_difference_of_confusions_is_second_minus_first():
     table = random_table(40, 2, TWO, folds=3)
     first, second = ((table["variant"] == v) & (table["label"] == "healthy") for v in TWO)

@@ -11,6 +11,7 @@ from step2.metrics import (
     calibration_error,
     concordance,
     confusion_metrics,
+    metric_interval,
     metric_table,
     worst_mistakes,
 )
@@ -76,3 +77,8 @@ def test_worst_mistakes_are_wrong_sure_and_different_slices():
     ]
     worst = worst_mistakes(pd.DataFrame(rows, columns=columns), 5)
     assert list(zip(worst["variant"], worst["image"], strict=True)) == [("a", "3"), ("a", "1")]
+
+
+def test_interval_of_all_right_is_wilsons():
+    """No spread in the draws; 20 of 20 patients: from n / (n + 1.96 squared) to 1."""
+    assert metric_interval("accuracy", 1.0, np.ones(100), 20) == pytest.approx((20 / (20 + 1.959964**2), 1))

@@ -69,6 +69,11 @@ def test_hours_on_a_cluster_are_those_of_one_worker_and_say_so():
     assert here["basis"] == "by hand" and "one worker of the cluster" in there["basis"]
 
 
+def test_memory_here_is_no_limit_of_a_cluster(tmp_path):
+    there = make_settings(results=tmp_path, cluster="tcp://scheduler:8786")
+    assert plan.room_here(there)[1] == np.inf > plan.room_here(make_settings(results=tmp_path))[1]
+
+
 def test_threads_load_while_the_network_trains():
     assert (
         Pace(1, 3.0, 1.0, 0, 1, "").seconds(workers=2) == 3
