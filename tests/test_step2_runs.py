@@ -348,6 +348,7 @@ def test_each_run_says_what_made_it(data, tmp_path):
     facts = describe_runs(make_comparison_for(data, tmp_path / "r", folds=1, threads=3))
     threads = {run["variant"]: facts["made_with"]["threads"][run["threads"]] for run in facts["runs"]}
     assert threads == {"0_Dicom2PNG": 1, "1_ROI": 2} and "threads" not in facts["settings"]
+    assert [line.split(",")[0] for line in facts["fallbacks"]] == ["runs differ in their threads"]
 
 
 # ---------------------------------------- the disk and the folder
