@@ -1535,13 +1535,14 @@ def roi_window(text: str) -> tuple[float, float] | None:
 
 
 def variant_names(text: str) -> list[str]:
-    """Parse one of --variants: a folder name, its number, or all."""
+    """Parse one of --variants: a folder name, its number, or all; or several with commas between them."""
+    if "," in text:
+        return [name for part in text.split(",") for name in variant_names(part.strip())]
     match = [name for name in KNOWN_VARIANTS if text in (name, name.split("_")[0], "all")]
-    if not match:
-        known = ", ".join(KNOWN_VARIANTS)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor the number of one, nor all")
-    if len(match) > 1 and text != "all":
-        raise argparse.ArgumentTypeError(f"{text!r} may be {' or '.join(match)}: write the whole name")
+    if len(match) != 1 and text != "all":
+        unknown = f"is none of {', '.join(KNOWN_VARIANTS)}, nor the number of one, nor all"
+        wrong = f"may be {' or '.join(match)}: write the whole name" if match else unknown
+        raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
     return match
 
 
@@ -1582,8 +1583,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.input = args.rsna or args.raw_data
     args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
-    fewest = len(RSNA_CLASSES[args.rsna_labels])
-    if args.rsna and 0 < args.test < fewest:
+    if args.rsna and 0 < args.test < (fewest := len(RSNA_CLASSES[args.rsna_labels])):
         parser.error(f"--test {args.test} is less than one slice a class: name 0, or {fewest} or more")
     if not args.rsna and not any((args.raw_data / s).is_dir() for s in ("TrainingData", "TestingData")):
         remedy = "put the slices there, or name the folder that holds them with --raw-data"

@@ -180,6 +180,7 @@ def check_worker(device: torch.device) -> Verdict:
 
 def _train_in_worker() -> tuple[str, float]:
     device = find_device()
+    prepare_process(small(), device)
     compiled = device.type == "cuda" and not why_not_compile(device)
     return device.type, trained(device, replace(PLAIN, compiled=compiled), 5)[1][-1]
 
@@ -188,7 +189,7 @@ def check_profile(device: torch.device, profile: str) -> Verdict:
     """A profile's step at its real size: does it fit, how fast is it, and does it wait for pictures?"""
     given = {"profile": profile, "weights": "none", "processes": 1}
     settings = read_settings(given, gpus=torch.cuda.device_count())
-    pace = pace_on_gpu(settings, device)
+    pace = pace_on_gpu(settings, device, channels_last=True)
     fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
     says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
     return pace.load < pace.train, says

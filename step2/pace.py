@@ -151,10 +151,14 @@ def part_that_fits(settings: Settings, cost: Cost, memory: float) -> int:
 
 
 def measure_paces(several: Sequence[Settings]) -> list[Pace]:
-    """Return the pace of each of the settings on this machine, in as many processes at once as will train."""
+    """Return the pace of each of the settings on this machine, in as many processes at once as will train.
+
+    On a GPU only the first as it will train; the others without channels_last, for which cuDNN would build kernels
+    for 5 to 17 s each (on an H100): their hours are upper bounds.
+    """
     device = find_device()
     if device.type == "cuda":
-        return [pace_on_gpu(settings, device) for settings in several]
+        return [pace_on_gpu(settings, device, settings is several[0]) for settings in several]
     count = 1 if several[0].cluster else several[0].processes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, context.Barrier(count).wait) as pool:
@@ -206,13 +210,15 @@ def time_all(given: tuple[list[tuple[Settings, int]], list[Settings]]) -> tuple[
     return steps, [time_loading(settings) for settings in given[1]]
 
 
-def pace_on_gpu(settings: Settings, device: torch.device) -> Pace:
+def pace_on_gpu(settings: Settings, device: torch.device, channels_last: bool) -> Pace:
     """Return the pace on this GPU: of as many pictures at a time as fit."""
     prepare_process(settings, device)
-    speed, seconds = what_fits(settings, replace(usual_speed(settings, device), channels_last=True), device)
+    speed = replace(usual_speed(settings, device), channels_last=channels_last)
+    speed, seconds = what_fits(settings, speed, device)
     memory = float(torch.cuda.max_memory_allocated())
     release_memory(device)
-    basis = f"timed on this {device_name(device)}, without torch.compile"
+    without = "torch.compile" if channels_last else "channels_last and torch.compile"
+    basis = f"timed on this {device_name(device)}, without {without}"
     weights = count_weights(settings)
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
 

@@ -14,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +135,9 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
     disk, memory: as room_here tells.
     """
     row, hours = table.iloc[0], table["hours"].iloc[0]
-    took = f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:.1f} hours"
-    lines = [f"{row['runs']} runs train {row['pictures']:,} pictures in about {took} ({row['basis']})"]
+    took = f"about {60 * hours:.0f} minutes" if hours < 1.5 else f"about {hours:.1f} hours"
+    took = took if hours > 1 / 60 else "less than a minute"
+    lines = [f"{row['runs']} runs train {row['pictures']:,} pictures in {took} ({row['basis']})"]
     if hours > A_DAY:
         lines[0] += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
     if hours > SESSION_H:
@@ -208,8 +208,7 @@ def main() -> None:
         given = {"profile": args.profile, "weights": "none", "results": args.results}
         settings = read_settings(given, gpus, memory)
         if args.slices:
-            names = args.variants.split(",") if args.variants else VARIANTS
-            asked = set(chain.from_iterable(variant_names(name.strip()) for name in names))
+            asked = set(variant_names(args.variants) if args.variants else VARIANTS)
             size = Size(args.slices, args.patients or args.slices // 2, len(asked))
         else:
             slices, chosen = read_slices(args.data), choose_variants(args.variants, args.data)

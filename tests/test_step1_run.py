@@ -574,7 +574,11 @@ def test_removed_input_leaves_the_manifest(raw):
 # ---------------------------------------- options
 
 
-@pytest.mark.parametrize("choice", [["0", "10"], ["0_Dicom2PNG", "10_ROI+noskull"]], ids=["numbers", "names"])
+@pytest.mark.parametrize(
+    "choice",
+    [["0", "10"], ["0_Dicom2PNG", "10_ROI+noskull"], ["0,10"], ["0, 10_ROI+noskull", "0"]],
+    ids=["numbers", "names", "comma", "commas and spaces"],
+)
 def test_variants_option(raw, choice):
     assert run(raw, "--variants", *choice) == 0
     assert {name.split("/")[0] for name in pngs(raw)} == {"0_Dicom2PNG", "10_ROI+noskull"}

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from step2_helpers import make_settings, write_pictures
 
 from step2 import pace, plan
@@ -129,6 +130,7 @@ def row(**changed):
         ({"trained_per_s": 700.0}, "^loading pictures takes longer than training: raise workers$"),
         ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
         ({"memory_gb": 17.0}, r"^each process needs 17\.0 GB of memory and has 16\.0: lower processes"),
+        ({"hours": 0.01}, r"^40 runs train 72,000 pictures in less than a minute \(timed\)$"),
         ({"detectable": np.nan}, "^so few patients could show no difference"),
         ({}, r"^a difference of 9\.0 points in accuracy would be found in 8 of 10"),
     ],
@@ -150,6 +152,25 @@ def test_plan_to_show_has_a_line_for_each_choice_without_nan():
 def test_a_step_is_timed_here():
     (pace,) = measure_paces([make_settings()])
     assert pace.train > 0 and pace.load > 0 and pace.part == 8 and pace.basis.startswith("timed on this cpu")
+
+
+@pytest.mark.parametrize(
+    ("lever", "without"), [(True, "torch.compile"), (False, "channels_last and torch.compile")]
+)
+def test_a_step_on_a_gpu_says_what_it_was_timed_without(monkeypatch, lever, without):
+    levers = []
+    real = pace.what_fits
+    monkeypatch.setattr(pace, "what_fits", lambda s, speed, d: levers.append(speed) or real(s, speed, d))
+    found = pace.pace_on_gpu(make_settings(), torch.device("cpu"), channels_last=lever)
+    assert [speed.channels_last for speed in levers] == [lever]
+    assert found.train > 0 and found.part == 8 and found.basis.endswith(f", without {without}")
+
+
+def test_on_a_gpu_only_what_is_set_waits_for_channels_last(monkeypatch):
+    monkeypatch.setattr(pace, "find_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(pace, "pace_on_gpu", lambda settings, device, lever: (settings.image_size, lever))
+    several = [make_settings(image_size=size) for size in (48, 32, 40)]
+    assert measure_paces(several) == [(48, True), (32, False), (40, False)]
 
 
 @pytest.mark.processes
