@@ -169,7 +169,10 @@ def endpoints_in_words(
     said = [f"It means every class but {HEALTHY}, so {', '.join(others)} too."] if others else []
     if endpoints is None or endpoints.empty:
         return " ".join([*said, "Too few healthy or bleeding patients, or no comparison."])
-    for name, table in endpoints[endpoints["kind"] == "primary"].groupby("endpoint", sort=False):
+    primary = endpoints[endpoints["kind"] == "primary"]
+    if primary.empty:
+        said.append(f"No variant was compared with {BASELINE}.")
+    for name, table in primary.groupby("endpoint", sort=False):
         clear = [
             f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points(row)}"
             for _, row in table.iterrows()

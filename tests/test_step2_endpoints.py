@@ -63,6 +63,13 @@ def test_too_few_healthy_slices_a_fold_leave_sensitivity_out_with_a_word(capsys)
     assert "not estimable" in capsys.readouterr().out
 
 
+def test_endpoint_without_the_baseline_says_so():
+    table = random_table(200, 2, ("1_ROI", "4_ROI+noblank"), folds=2)
+    endpoints = endpoint_table(table, n_draws=60)
+    said = endpoints_in_words(metric_table(table, n_draws=20), endpoints, CLASSES)
+    assert len(endpoints) and said.startswith("No variant was compared with 0_Dicom2PNG.")
+
+
 def test_too_few_healthy_patients_leave_nothing():
     table = random_table(30, 2, ALL_VARIANTS[:2])
     few = table[(table["label"] != "healthy") | table["patient"].isin(["P0", "P1"])]
