@@ -67,5 +67,7 @@ def draw_hu(axis: plt.Axes, scan: step1.Scan) -> None:
     axis.set_xlabel("HU", size=9)
     axis.set_ylabel("pixels of the head a HU", size=9)
     axis.set_title("what the head is made of", size=9)
+    axis.yaxis.tick_right()  # on the left it would push the pictures above apart
+    axis.yaxis.set_label_position("right")
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=8, loc="upper right", frameon=True)
