@@ -276,14 +276,14 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     if np.isnan(sd):
         return (
             "A single split or a single variant can't tell how far training again moves accuracy: "
-            f"intervals hold {ALONE}."
+            f"intervals are {ALONE}."
         )
     size = (
         f"an SD of {sd:.1f} points" if sd >= 0.05 else "less than can be seen beside the choice of patients"
     )
     return (
         f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to {high:.1f}); "
-        "intervals and p values hold that too."
+        "intervals and p values allow for that too."
     )
 
 
