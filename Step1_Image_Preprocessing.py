@@ -1099,7 +1099,7 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Outcomes
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not have this file
     try:
         client = Client(address, timeout="10s")
-    except (OSError, ValueError) as err:
+    except (OSError, TypeError, ValueError) as err:
         unreachable = f"no Dask scheduler at {address} ({one_line(err)})"
         raise UsageError(f"{unreachable}: start it, or leave --dask out") from err
     with client:

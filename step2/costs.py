@@ -9,28 +9,32 @@ import numpy as np
 import pandas as pd
 
 import Step1_Image_Preprocessing as step1
-from step2.classes import order_classes
 
 TIMED_SLICES = 12  # the first of each class, then the second, ...
 SIZED_FILES = 300  # whose size is looked up
 
 
-def cost_table(data: Path, raw_data: Path, predictions: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each variant, a column for each cost; without raw slices, none for preprocessing."""
+def cost_table(
+    data: Path, raw_data: Path, training: pd.DataFrame, predictions: pd.DataFrame, history: pd.DataFrame
+) -> pd.DataFrame:
+    """Return a row for each variant, a column for each cost; without raw slices, none for preprocessing.
+
+    training: the slices, with label and source, the path of the DICOM file below raw_data.
+    """
     variants = list(predictions["variant"].unique())
     costs = {
-        "preprocessing, ms a slice": preprocessing_times(raw_data, variants),
+        "preprocessing, ms a slice": preprocessing_times(raw_slices(raw_data, training), variants),
         "training, minutes a fold": training_minutes(history),
         "PNG, kB a slice": png_kilobytes(data, predictions),
     }
     return pd.DataFrame({name: values for name, values in costs.items() if len(values)}).reindex(variants)
 
 
-def raw_slices(raw_data: Path, count: int = TIMED_SLICES) -> list[Path]:
-    """Return up to count DICOM files of TrainingData, one class after the other."""
-    folders = {path.parent.name for path in (raw_data / "TrainingData").glob("*/*.dcm")}
-    by_class = [sorted((raw_data / "TrainingData" / c).glob("*.dcm")) for c in order_classes(folders)]
-    return [files[i] for i in range(count) for files in by_class if i < len(files)][:count]
+def raw_slices(raw_data: Path, training: pd.DataFrame) -> list[Path]:
+    """Return DICOM files of training slices, the first of each class, then the second, as far as they are there."""
+    turn = training.groupby("label").cumcount().sort_values(kind="stable")
+    paths = [raw_data / source for source in training.loc[turn.index[:TIMED_SLICES], "source"]]
+    return [path for path in paths if path.is_file()]
 
 
 def slice_milliseconds(path: Path, variants: Sequence[str]) -> dict[str, float]:
@@ -48,12 +52,12 @@ def slice_milliseconds(path: Path, variants: Sequence[str]) -> dict[str, float]:
     return times
 
 
-def preprocessing_times(raw_data: Path, variants: Sequence[str]) -> pd.Series:
-    """Return ms a slice of each variant of Step 1's table, the median over slices, on one thread."""
+def preprocessing_times(paths: Sequence[Path], variants: Sequence[str]) -> pd.Series:
+    """Return ms a slice of each variant of Step 1's table, the median over DICOM files, on one thread."""
     known = [name for name in variants if name in step1.KNOWN_VARIANTS]
     threads, rows = cv2.getNumThreads(), []
     cv2.setNumThreads(1)
-    for path in raw_slices(raw_data):
+    for path in paths:
         try:
             twice = [slice_milliseconds(path, known) for _ in range(2)]
         except step1.UnsuitableFile:
@@ -61,7 +65,7 @@ def preprocessing_times(raw_data: Path, variants: Sequence[str]) -> pd.Series:
         rows.append(pd.DataFrame(twice).min())  # the first time, memory is cold
     cv2.setNumThreads(threads)
     if not rows:
-        print(f"preprocessing time left out: no readable slice below {raw_data / 'TrainingData'}")
+        print("preprocessing time left out: set raw_data to Step 1's input, where the slices' files are")
         return pd.Series(dtype=float)
     return pd.DataFrame(rows).median()
 

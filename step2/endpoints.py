@@ -32,10 +32,9 @@ def endpoint_table(
     Secondary: nothing corrects for there being two endpoints beside accuracy.
     """
     declared, rows = all_contrasts(predictions, control)
-    if not declared or HEALTHY not in classes_of(predictions):
-        return pd.DataFrame()
-    if patients_behind("any_auc", patient_counts(predictions)) < MIN_PATIENTS:
-        return pd.DataFrame()
+    estimable = declared and HEALTHY in classes_of(predictions)
+    if not estimable or patients_behind("any_auc", patient_counts(predictions)) < MIN_PATIENTS:
+        return pd.DataFrame(columns=["endpoint", "contrast", "kind"])  # a file of it can be read
     healthy = rows[rows["label"] == HEALTHY].groupby(["variant", "repeat", "fold"]).size()
     found = []
     for endpoint, measure in ENDPOINTS.items():

@@ -6,6 +6,7 @@ wherever they are trained, byte for byte, as long as the processor is.
 
 import logging
 import math
+import os
 import tempfile
 import time
 import zipfile
@@ -120,17 +121,18 @@ def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
         "distributed.admin.system-monitor.gil.enabled": False,
     }
     count = min(settings.processes, runs)
-    workers = {}
+    workers, visible = {}, os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     for number in range(count):
         env = dict.fromkeys(THREADS, str(settings.threads))
-        env |= {"CUDA_VISIBLE_DEVICES": str(number)} if settings.gpus else {}
+        if settings.gpus:  # of those that this process may use
+            env |= {"CUDA_VISIBLE_DEVICES": visible[number] if visible[0] else str(number)}
         how = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard": False}
         workers[number] = {"cls": Nanny, "options": {**how, "env": env, "silence_logs": logging.CRITICAL}}
     shown = find_spec("bokeh") is not None
     listen = {"host": "127.0.0.1", "dashboard": shown, "dashboard_address": "127.0.0.1:0"}
     with (
         dask.config.set(options),
-        tempfile.TemporaryDirectory(prefix="step2-") as folder,
+        tempfile.TemporaryDirectory(prefix="step2-", ignore_cleanup_errors=True) as folder,
         dask.config.set({"temporary-directory": folder}),
         interrupt_free(SpecCluster, workers, scheduler={"cls": Scheduler, "options": listen}) as cluster,
         Client(cluster) as client,
@@ -154,7 +156,7 @@ def clients_of(address: str) -> Iterator[Client]:
     """Connect to a scheduler that is there, and send its workers this code."""
     try:
         client = Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError) as err:
+    except (OSError, TypeError, ValueError) as err:  # TypeError: tls:// without certificates
         advice = "start dask scheduler and its workers, or leave the parameter cluster out"
         raise RuntimeError(f"no Dask scheduler at {address} ({err}): {advice}") from err
     with client, tempfile.TemporaryDirectory() as folder:
@@ -195,8 +197,8 @@ def train_on(
     The first one that runs out of time ends those that have not begun; the others train while they can.
     """
     client.subscribe_topic(TOPIC, lambda event: progress.note(event[1]["run"], event[1]["epochs"]))
-    order = {"pure": False, "retries": 0}
-    futures = {client.submit(train_on_worker, comparison, run, ends, **order): run for run in waiting}
+    order, sent = {"pure": False, "retries": 0}, with_whole_paths(comparison)
+    futures = {client.submit(train_on_worker, sent, run, ends, **order): run for run in waiting}
     seen = time.monotonic()
     try:
         while futures:
@@ -221,6 +223,15 @@ def train_on(
         client.unsubscribe_topic(TOPIC)
         if futures and client.status == "running":
             client.cancel(list(futures), force=True)
+
+
+def with_whole_paths(comparison: Comparison) -> Comparison:
+    """Return the comparison for workers that run in other folders."""
+    settings, weights = comparison.settings, comparison.weights
+    folders = {"data": settings.data.absolute(), "results": settings.results.absolute()}
+    path = str(Path(weights.path).absolute()) if weights.path else ""
+    whole = settings.model_copy(update=folders)
+    return replace(comparison, settings=whole, weights=replace(weights, path=path))
 
 
 def result_of(future: Future, run: Run) -> dict[str, Any]:
@@ -251,7 +262,9 @@ class Progress:
         self.bar = tqdm(total=total, initial=self.done_before, unit="epoch", disable=not self.watched)
 
     def note(self, run: str, epochs: float) -> None:
-        """Keep how many epochs of a run are done."""
+        """Keep how many epochs of a run are done; those of an earlier session took no time in this one."""
+        if run not in self.at_work:
+            self.done_before += max(math.ceil(epochs) - 1, 0)
         self.at_work[run] = epochs
 
     def tell(self, run: str, epochs: float) -> None:

@@ -175,12 +175,13 @@ def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:
 
 
 def explained_by_patients(cells: np.ndarray, drawn: np.ndarray, patients: int) -> float:
-    """Return the interaction's sum of squares that the choice of patients makes; NaN where many draws have none.
+    """Return the interaction's sum of squares that the choice of patients makes; NaN where most draws have none.
 
-    It is that of each draw about the observed table. cells: float (k, repeats, folds). drawn: float (draws, ...).
+    It is that of each draw about the observed table; draws that leave a fold empty tell nothing.
+    cells: float (k, repeats, folds). drawn: float (draws, ...).
     """
     known = drawn[np.isfinite(drawn).all((1, 2, 3))]
-    if len(known) <= (1 - ALPHA) * len(drawn):
+    if len(known) < len(drawn) / 2:
         return np.nan
     return float(interaction(known - cells).mean() * patients / max(patients - 1, 1))
 

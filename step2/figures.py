@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.font_manager import get_font_names
 
 from step2.bootstrap import MIN_PATIENTS
 from step2.classes import classes_of, order_classes, short_names, wrapped
@@ -26,6 +27,17 @@ from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
 from step2.statistics import EQUIVALENCE, in_points
 from step2.variants import BASELINE, KNOWN_VARIANTS
+
+# Fonts that have the Chinese, Japanese or Korean of a class's name, where the usual one has no letter
+EASTERN = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Yu Gothic",
+    "PingFang SC",
+)
+plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in EASTERN if font in get_font_names())]
 
 # Okabe and Ito's colours, then Tol's muted ones for further variants
 COLORS = (

@@ -20,12 +20,15 @@ TABLES, TEXTS = (".csv", ".png", ".svg"), ("settings.json", "summary.md")  # wha
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
     """Write a file under another name first, so that it's there whole or not at all; size: of it, if known.
 
-    OSError that says so where the disk is full; what was not finished is removed.
+    OSError that says so where the disk is full, or another program has the file; what was not finished is removed.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.replace(path)
+    except PermissionError as err:  # on Windows also where Excel shows the file
+        text = f"{path} could not be written: close it in other programs, or allow it, and run again"
+        raise PermissionError(err.errno, text) from err
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

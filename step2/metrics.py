@@ -81,7 +81,7 @@ def metric_draws(
 def patient_tables(rows: pd.DataFrame, codes: np.ndarray) -> dict[str, np.ndarray]:
     """Return sums per patient: confusion (patients, true, called), calibration (patients, bins, 3), loss."""
     classes = classes_of(rows)
-    weight = (1 / rows.groupby("image")["image"].transform("size")).to_numpy()  # 1 / repeats that tested it
+    weight = np.full(len(rows), 1 / rows["repeat"].nunique())
     truth, called = (pd.Categorical(rows[c], classes).codes.astype(int) for c in ("label", "predicted"))
     p = rows[probability_columns(classes)].to_numpy(float)
     confusion = np.zeros((codes.max() + 1, len(classes), len(classes)))

@@ -227,7 +227,9 @@ def time_loading(settings: Settings, pictures: int = 24) -> float:
     """Return the seconds to load and augment a picture that is kept in memory, with the settings' threads."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        cv2.imwrite(f"{folder}/noise.png", cv2.GaussianBlur(noise, (0, 0), 3))
+        # not imwrite, which takes no path with other than ASCII letters on Windows
+        png = cv2.imencode(".png", cv2.GaussianBlur(noise, (0, 0), 3))[1]
+        Path(folder, "noise.png").write_bytes(png.tobytes())
         many = Pictures(Path(folder), ["noise.png"] * pictures, settings, 0, cached=True)
         batches = shuffled(np.arange(pictures), min(settings.batch_size, 8), 0, 0) * 4
         began = time.perf_counter()

@@ -165,7 +165,7 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
         )
     found = row["detectable"]
     if np.isnan(found):
-        lines.append("so few patients could show no difference between variants")
+        lines.append("so few patients, or a single variant, could show no difference")
     else:
         lines.append(
             f"a difference of {found:.1f} points in accuracy would be found in 8 of 10 such comparisons "
@@ -213,11 +213,11 @@ def main() -> None:
         else:
             slices, chosen = read_slices(args.data), choose_variants(args.variants, args.data)
             size = size_of(slices, chosen, control=True)
+        args.results.mkdir(parents=True, exist_ok=True)
         table = plan_table(settings, size, args.gpu)
-    except (ValueError, argparse.ArgumentTypeError) as err:
+        write_csv(args.results / "plan.csv", table)
+    except (OSError, ValueError, argparse.ArgumentTypeError) as err:
         sys.exit(str(err))
-    args.results.mkdir(parents=True, exist_ok=True)
-    write_csv(args.results / "plan.csv", table)
     print(f"{settings.profile} profile: {settings.why}")
     print(plan_to_show(table).to_string())
     print(*plan_in_words(table, *room_here(settings)), sep="\n")

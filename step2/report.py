@@ -33,7 +33,7 @@ def make_caption(comparison: Comparison, pictures: str) -> str:
     settings, slices, part = comparison.settings, comparison.slices, part_in_words(comparison)
     shown = ("model_name", "image_size", "weights")
     changed = [f"{name} {value}" for name, value in settings.changed().items() if name not in shown]
-    word = pictures.removesuffix("s")
+    word = "phantom" if pictures == "phantoms" else pictures
     parts = [
         f"{settings.profile} profile" + (f" with {', '.join(changed)}" if changed else ""),
         f"{settings.model_name} at {settings.image_size} px",

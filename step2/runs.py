@@ -148,9 +148,9 @@ class Comparison:
         return f"testing-{self.testing_digests[run.variant][:10]}.csv"
 
     def identity(self) -> str:
-        """Return a hash of all folders and testing pictures: that of another comparison is another one."""
+        """Return a hash of all folders, testing pictures and their labels: another comparison has another."""
         names = [str(folder.relative_to(self.settings.results)) for folder in self.folders.values()]
-        text = json.dumps([names, sorted(self.testing_digests.values())])
+        text = json.dumps([names, sorted(self.testing_digests.values()), list(self.slices.testing["label"])])
         return hashlib.sha256(text.encode()).hexdigest()
 
 

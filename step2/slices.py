@@ -43,6 +43,8 @@ class Slices:
         both = len((set(self.testing["patient"]) & set(self.training["patient"])) - {""})
         unknown = "some slices have no patient in the manifest, so a patient may be on both sides of a "
         lines = [] if self.patient_level else [unknown + "split: all results are slice-level, optimistic"]
+        if (self.testing["patient"] == "").any():
+            lines.append("some slices of TestingData have no patient: their test is slice-level, optimistic")
         shared = f"{both} patients are in TrainingData and TestingData: the test is optimistic"
         unknown_to_networks = self.testing["label"][~self.testing["label"].isin(["", *self.classes])]
         others = ", ".join(order_classes(unknown_to_networks))
@@ -104,17 +106,17 @@ def _flags(texts: pd.Series, path: Path) -> pd.Series:
     return lower.map(dict.fromkeys(YES, 1.0) | dict.fromkeys(NO, 0.0))
 
 
-def what_pictures(dataset: str, raw_data: Path, slices: Slices) -> str:
+def what_pictures(dataset: str, slices: Slices) -> str:
     """Return what to call the pictures, "" where nothing tells.
 
-    They are phantoms if all come from the folder of make_phantoms.py, RSNA-2019 if from Kaggle's download.
+    They are phantoms if all have names that make_phantoms.py gives, RSNA-2019 if all come from Kaggle's download.
     """
     if dataset != "auto":
         return dataset
-    sources = [*slices.training["source"], *slices.testing["source"]]
-    shipped = (raw_data / "make_phantoms.py").is_file() and all((raw_data / s).is_file() for s in sources)
-    kaggle = all(Path(s).parent.name.startswith("stage_2_train") for s in sources)
-    return "phantoms" if shipped else "RSNA-2019" if kaggle else ""
+    sources = [Path(source) for source in (*slices.training["source"], *slices.testing["source"])]
+    phantoms = all(source.name.startswith("PHANTOM-") for source in sources)
+    kaggle = all(source.parent.name.startswith("stage_2_train") for source in sources)
+    return "phantoms" if phantoms else "RSNA-2019" if kaggle else ""
 
 
 def count_classes(slices: Slices) -> pd.DataFrame:

@@ -141,7 +141,7 @@ def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[
     size = (speed.part, 1, settings.image_size, settings.image_size)
     pictures = torch.randint(256, size, dtype=torch.uint8)
     labels = torch.arange(speed.part) % OUTPUTS
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = torch.get_device_module(device).synchronize
     first = 1 + speed.compiled  # step one compiles, step two records the CUDA graphs
     seconds = seconds_a_step(lambda: train_step(trainer, pictures, labels, 1e-6), wait, first)
     if trainer.part < speed.part:  # it took smaller parts by itself; what_fits has to know

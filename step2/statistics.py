@@ -271,11 +271,13 @@ def not_estimable(row: pd.Series) -> str:
 
 def training_in_words(contrasts: pd.DataFrame) -> str:
     """Return how far training again moves accuracy, in a sentence."""
+    if contrasts.empty:
+        return "These variants allow no comparison, so how far training again moves accuracy is not shown."
     columns = ["training_sd", "training_sd_low", "training_sd_high"]
-    sd, low, high = 100 * contrasts[columns].iloc[0] if len(contrasts) else (np.nan,) * 3
+    sd, low, high = 100 * contrasts[columns].iloc[0]
     if np.isnan(sd):
         return (
-            "A single split or a single variant can't tell how far training again moves accuracy: "
+            "A single split, or folds of few patients, can't tell how far training again moves accuracy: "
             f"intervals are {ALONE}."
         )
     size = (
@@ -295,9 +297,9 @@ def score_testing(
 ) -> pd.DataFrame:
     """Return how each variant does on the labelled slices of TestingData, DataFrame; empty without any.
 
-    found: {variant: image, predicted, p_<class>}, in the order of testing. Columns: variant, slices, patients,
-    right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals
-    are over patients, for these trained networks alone; NaN for fewer than 10 patients.
+    found: {variant: image, predicted, p_<class>}, in the order of testing. Columns: variant, slices, patients
+    (NaN where some are unknown), right, accuracy, ci_low, ci_high, and the difference to the baseline with its
+    own interval. The intervals are over patients, for these trained networks alone; NaN for fewer than 10 patients.
     """
     classes = classes_of(next(iter(found.values()))) if found else ()
     labelled = testing["label"].isin(classes).to_numpy()
@@ -310,14 +312,14 @@ def score_testing(
     ]
     correct, cells = paired_correctness(pd.concat(tables, ignore_index=True))
     estimates = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
-    rows = []
+    rows, patients = [], np.nan if (where["patient"][labelled] == "").any() else cells.patients
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
         own = estimates.contrast(np.eye(len(correct.columns))[at])
         low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
             low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
-        row = {"variant": variant, "slices": count, "patients": cells.patients, "right": round(value * count)}
+        row = {"variant": variant, "slices": count, "patients": patients, "right": round(value * count)}
         row |= {"accuracy": value, "ci_low": low, "ci_high": high}
         if BASELINE in correct.columns and variant != BASELINE:
             apart = estimates.contrast(estimates.coefficients([(variant, BASELINE)]))

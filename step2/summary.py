@@ -191,11 +191,14 @@ def endpoints_in_words(
 
 def testing_in_words(testing: pd.DataFrame) -> str:
     """Return how the untouched slices agree with the cross-validation, in a sentence or two."""
-    slices, patients = testing[["slices", "patients"]].iloc[0]
+    slices, patients = testing["slices"].iloc[0], testing["patients"].iloc[0]
+    known = np.isfinite(patients)
+    whose = f"{patients} patients that took part in nothing" if known else "patients that nothing names"
     top = testing[testing["accuracy"] == testing["accuracy"].max()]
-    lead = f"{slices} slices of {patients} patients that took part in nothing, by the mean of each variant's networks"
+    lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
     best = f"{', '.join(top['variant'])} got most of them right ({100 * top['accuracy'].iloc[0]:.0f} %)"
-    alone = "; intervals are over patients, for these trained networks alone"
+    over = "patients" if known else "slices, optimistic"
+    alone = f"; intervals are over {over}, for these trained networks alone"
     few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
     return f"{lead}: {best}{few}."
 
@@ -227,6 +230,8 @@ def say_forest(contrasts: pd.DataFrame) -> str:
     clear = sum(is_significant(row) for _, row in primary.iterrows())
     against = (
         f"Of {len(primary)} comparisons with {BASELINE}, {clear} keep clear of 0 after Holm's correction."
+        if len(primary)
+        else f"No variant was compared with {BASELINE}."
     )
     return f"{against} {training_in_words(contrasts)}"
 

@@ -48,8 +48,12 @@ def test_grey_written_as_colour_trains_to_the_same_predictions(trained):
 
 def test_costs_of_a_colour_variant(trained, tmp_path):
     comparison, table = trained
-    save_ct(tmp_path / "TrainingData" / "healthy" / "a.dcm", plain_head())
-    costs = cost_table(comparison.settings.data, tmp_path, table, collect_history(comparison))
+    save_ct(tmp_path / "TrainingData" / "healthy" / "deep" / "1.2.3", plain_head())
+    training = comparison.slices.training.assign(source="")
+    given = (training, table, collect_history(comparison))
+    assert cost_table(comparison.settings.data, tmp_path, *given).shape == (2, 2)  # no slice is there
+    training.loc[1, "source"] = "TrainingData/healthy/deep/1.2.3"
+    costs = cost_table(comparison.settings.data, tmp_path, *given)
     assert costs.shape == (2, 3) and (costs > 0).all(axis=None)
 
 

@@ -21,6 +21,7 @@ from step2_helpers import make_comparison_for, write_pictures
 from step2 import engine
 from step2.files import lock_results
 from step2.runs import Run, collect_predictions
+from step2.settings import read_settings
 
 pytestmark = pytest.mark.processes
 EPOCHS = 12  # of 3 steps each: long enough to be killed in between
@@ -198,8 +199,10 @@ def cluster(tmp_path):
         process.wait()
 
 
-def test_cluster_gives_the_same_table(data, tmp_path, undisturbed, cluster):
-    engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=EPOCHS, cluster=cluster[0]))
+def test_cluster_in_another_folder_gives_the_same_table(data, tmp_path, undisturbed, cluster, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    results = Path(os.path.relpath(tmp_path / "r"))
+    engine.train_all(make_comparison_for(Path(data.name), results, epochs=EPOCHS, cluster=cluster[0]))
     same_table(data, tmp_path / "r", undisturbed)
 
 
@@ -247,6 +250,45 @@ def test_scheduler_that_is_not_there_is_an_error(data, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9 "):
         engine.train_all(make_comparison_for(data, tmp_path, cluster="tcp://127.0.0.1:9"))
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("visible", "own"), [(None, ["0", "1"]), ("2, GPU-5a", ["2", "GPU-5a"])])
+def test_each_worker_has_one_of_the_gpus_that_this_process_may_use(monkeypatch, visible, own):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    asked = []
+
+    def start(workers, **options):
+        asked.extend(each["options"]["env"]["CUDA_VISIBLE_DEVICES"] for each in workers.values())
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(engine, "SpecCluster", start)
+    settings = read_settings({"profile": "quick", "processes": 2}, gpus=2)
+    with pytest.raises(RuntimeError, match="seen"), engine.local_cluster(settings, 5):
+        pass
+    assert asked == own
+
+
+def test_address_that_needs_certificates_is_an_error():
+    with pytest.raises(RuntimeError, match="no Dask scheduler at tls://"), engine.clients_of("tls://a:1"):
+        pass
+
+
+# ---------------------------------------- progress
+
+
+def test_epochs_of_an_earlier_session_took_no_time_in_this_one(data, tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
+    comparison = make_comparison_for(data, tmp_path, epochs=25)
+    progress = engine.Progress(comparison, finished=0)
+    progress.note("a", 20.5)  # it goes on after its 20th epoch
+    clock[0] += 60
+    progress.note("a", 21.0)
+    progress.show()
+    total = 25 * len(comparison.runs)
+    assert f"21 of {total} epochs, about {total - 21:.1f} minutes left" in capsys.readouterr().out
 
 
 # ---------------------------------------- one notebook at a time

@@ -132,6 +132,7 @@ def test_caption_says_profile_changes_network_data_and_weights():
     caption = caption_of(settings, slices, np.zeros((1, 3)), "phantoms")
     assert caption.startswith("quick profile with epochs 1, efficientnet-narrow at ")
     assert caption.endswith("px, 3 phantom slices of 2 patients, random initial weights")
+    assert "3 Paris slices of" in caption_of(settings, slices, np.zeros((1, 3)), "Paris")
 
 
 def test_caption_of_unchanged_profile_and_unknown_patients():

@@ -15,6 +15,7 @@ from step2.metrics import (
     metric_table,
     worst_mistakes,
 )
+from step2.statistics import compare
 
 
 def test_metrics_agree_with_scikit_learn():
@@ -82,3 +83,16 @@ def test_worst_mistakes_are_wrong_sure_and_different_slices():
 def test_interval_of_all_right_is_wilsons():
     """No spread in the draws; 20 of 20 patients: from n / (n + 1.96 squared) to 1."""
     assert metric_interval("accuracy", 1.0, np.ones(100), 20) == pytest.approx((20 / (20 + 1.959964**2), 1))
+
+
+def test_repeated_single_splits_have_the_accuracy_that_their_contrasts_compare():
+    """A slice that two splits tested counts twice, in both."""
+    rows = random_table(60, 2, ["0_Dicom2PNG", "1_ROI"], repeats=4)
+    tested = np.random.default_rng(0).random((4, rows["image"].nunique())) < 0.3
+    number = rows["image"].str.removesuffix(".png").astype(int)
+    rows = rows[tested[rows["repeat"], number]]
+    found = metric_table(rows, n_draws=20).set_index(["metric", "variant"])["value"]["accuracy"]
+    assert list(found) == pytest.approx(list(compare(rows, n_draws=20).found.values))
+    assert list(found) == pytest.approx(
+        list((rows["label"] == rows["predicted"]).groupby(rows["variant"]).mean())
+    )

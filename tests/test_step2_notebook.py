@@ -101,6 +101,12 @@ def test_no_text_counts_the_comparisons(notebook):
     assert not found
 
 
+def test_look_at_one_batch_keeps_no_graph(notebook):
+    """A B7's, of eight pictures in fp32, would take 30 GB of memory as long as the kernel lives."""
+    look = next(cell.source for cell in notebook.cells if "model(normalise(batch))" in cell.source)
+    assert look.index("torch.no_grad()") < look.index("model(normalise(batch))")
+
+
 def test_papermill_command_of_the_readme_has_its_output_folder():
     command = re.search(r"papermill \S+ (\S+)/run\.ipynb", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert command and (ROOT / command[1] / ".gitignore").is_file()  # the one tracked file in it

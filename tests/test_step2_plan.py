@@ -131,7 +131,7 @@ def row(**changed):
         ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
         ({"memory_gb": 17.0}, r"^each process needs 17\.0 GB of memory and has 16\.0: lower processes"),
         ({"hours": 0.01}, r"^40 runs train 72,000 pictures in less than a minute \(timed\)$"),
-        ({"detectable": np.nan}, "^so few patients could show no difference"),
+        ({"detectable": np.nan}, "^so few patients, or a single variant, could show no difference"),
         ({}, r"^a difference of 9\.0 points in accuracy would be found in 8 of 10"),
     ],
 )
@@ -222,9 +222,16 @@ def test_command_plans_for_the_variants_that_are_named(tmp_path, monkeypatch, va
         (["--data", "nowhere"], "manifest"),
         (["--patients", "30"], "^2$"),
         (["--slices", "90", "--variants", "0,typo"], "'typo' is none of 0_Dicom2PNG"),
+        (["--slices", "90", "--gpu", "T4", "--results", __file__], "test_step2_plan"),
     ],
 )
 def test_wrong_command_gets_a_sentence(tmp_path, monkeypatch, given, sentence):
-    monkeypatch.setattr("sys.argv", ["plan", *given, "--results", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["plan", "--results", str(tmp_path), *given])
     with pytest.raises(SystemExit, match=sentence):
         plan.main()
+
+
+def test_loading_is_timed_where_opencv_can_write_to_no_path(monkeypatch):
+    """As on Windows, where a user's name has other letters than ASCII's."""
+    monkeypatch.setattr("cv2.imwrite", lambda *args: False)
+    assert pace.time_loading(make_settings()) > 0

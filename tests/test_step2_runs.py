@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -470,3 +471,24 @@ def test_history_has_numbers_also_where_an_epoch_did_not_look_at_the_held_out_sl
     history = collect_history(comparison)
     assert history["val_loss"].dtype == history["val_accuracy"].dtype == float
     assert history.groupby("fold")["val_loss"].agg(lambda losses: losses.notna().sum()).tolist() == [1, 1]
+
+
+def test_file_that_another_program_has_open_is_named(tmp_path, monkeypatch):
+    """As Excel holds a table on Windows."""
+
+    def refuse(self, target):
+        raise PermissionError(13, "Access is denied", str(target))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(
+        PermissionError, match=r"metrics\.csv could not be written: close it in other programs"
+    ):
+        files.write_csv(tmp_path / "metrics.csv", pd.DataFrame({"a": [1]}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_labels_of_testing_slices_are_another_comparison(data, tmp_path):
+    comparison = make_comparison_for(data, tmp_path)
+    testing = comparison.slices.testing.assign(label="")
+    other = replace(comparison, slices=replace(comparison.slices, testing=testing))
+    assert other.identity() != comparison.identity() and list(other.folders) == list(comparison.folders)

@@ -140,21 +140,27 @@ def test_patient_in_training_and_testing_is_warned_of(manifest, tmp_path):
     assert read_instead(tmp_path, manifest).warnings() == expected
 
 
+def test_testing_slices_without_a_patient_are_warned_of(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", "patient"] = ""
+    slices = read_instead(tmp_path, manifest)
+    expected = ["some slices of TestingData have no patient: their test is slice-level, optimistic"]
+    assert slices.patient_level and slices.warnings() == expected
+
+
 def test_slices_and_patients_of_each_class_are_counted(manifest, tmp_path):
     counts = count_classes(read_slices(tmp_path))
     assert counts.loc[list(CLASSES)].to_numpy().tolist() == [[8, 4]] * 6
     assert counts.loc["together"].tolist() == [48, 24]
 
 
-def test_pictures_are_phantoms_only_where_all_come_from_their_folder(manifest, tmp_path):
-    slices = read_instead(tmp_path, manifest.assign(source="a.dcm"))
-    assert what_pictures("auto", tmp_path, slices) == ""
-    for name in ("a.dcm", "make_phantoms.py"):
-        (tmp_path / name).touch()
-    assert what_pictures("auto", tmp_path, slices) == "phantoms"
-    assert what_pictures("my scanner", tmp_path, slices) == "my scanner"
+def test_pictures_are_phantoms_only_where_all_names_are_theirs(manifest, tmp_path):
+    slices = read_instead(tmp_path, manifest.assign(source="TrainingData/epidural/PHANTOM-0001-1.dcm"))
+    assert what_pictures("auto", slices) == "phantoms"
+    assert what_pictures("my scanner", slices) == "my scanner"
+    slices.testing.loc[0, "source"] = "TestingData/patient7.dcm"
+    assert what_pictures("auto", slices) == ""
 
 
 def test_pictures_are_rsnas_where_all_come_from_its_download(manifest, tmp_path):
     slices = read_instead(tmp_path, manifest.assign(source="stage_2_train_images/ID_1.dcm"))
-    assert what_pictures("auto", tmp_path, slices) == "RSNA-2019"
+    assert what_pictures("auto", slices) == "RSNA-2019"

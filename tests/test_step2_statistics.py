@@ -13,6 +13,7 @@ from simulate_intervals import estimates, one_setting, simulate
 from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
+from step2 import summary
 from step2.best import best_of
 from step2.bootstrap import bootstrap_weights, patient_ids
 from step2.estimates import (
@@ -131,6 +132,18 @@ def test_one_fold_or_one_variant_cannot_tell_training_noise(folds, variants):
         contrasts = contrast_table(compare(table, n_draws=100))
         assert contrasts["verdict"].str.contains("for these trained networks alone").all()
         assert "can't tell how far training again" in training_in_words(contrasts)
+
+
+def test_folds_of_few_patients_tell_training_noise_too():
+    """Of 45 patients in 10 folds, many draws leave a fold empty: they say nothing, the others do."""
+    table = random_table(45, 1, ALL_VARIANTS[:3], folds=10)
+    found = compare(table, n_draws=400).found
+    assert found.sampling > 0 and np.isfinite(found.seen[0])
+
+
+def test_variants_that_allow_no_comparison_say_so():
+    contrasts = contrast_table(compare(random_table(30, 2, ("1_ROI", ALL_VARIANTS[6]), folds=2), n_draws=50))
+    assert contrasts.empty and training_in_words(contrasts).startswith("These variants allow no comparison")
 
 
 def some_estimates(values, error=0.01, training=0.0) -> Estimates:
@@ -356,10 +369,10 @@ def test_training_noise_that_cannot_be_seen_is_not_called_zero():
 # ---------------------------------------- the testing slices
 
 
-def score_of(right: dict[str, int], slices: int = 24, patients: int = 12) -> pd.DataFrame:
+def score_of(right: dict[str, int], slices: int = 24, patients: int = 12, known: bool = True) -> pd.DataFrame:
     """Return score_testing where each variant gets the first so many slices right."""
     images = [f"TestingData/{i}.png" for i in range(slices)]
-    people = [f"T{i % patients}" for i in range(slices)]
+    people = [f"T{i % patients}" if known or i else "" for i in range(slices)]
     testing = pd.DataFrame({"image": images, "label": "epidural", "patient": people})
     found = {
         variant: pd.DataFrame({"image": images, "predicted": ["epidural"] * n + ["healthy"] * (slices - n)})
@@ -374,6 +387,17 @@ def test_testing_slices_are_scored_by_patients():
     assert table.loc["1_ROI", ["slices", "patients", "right"]].tolist() == [24, 12, 20]
     assert table.loc["1_ROI", "difference to 0_Dicom2PNG"] == pytest.approx(12 / 24)
     assert 0 < table.loc["1_ROI", "ci_low"] < 20 / 24 < table.loc["1_ROI", "ci_high"] <= 1
+
+
+def test_testing_in_words_names_no_patients_that_nothing_names():
+    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got most of them right (83 %); "
+    lead += "intervals are over {}, for these trained networks alone."
+    for known, whose, over in (
+        (True, "12 patients that took part in nothing", "patients"),
+        (False, "patients that nothing names", "slices, optimistic"),
+    ):
+        table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}, known=known)
+        assert summary.testing_in_words(table) == lead.format(whose, over)
 
 
 def test_testing_slices_all_right_and_too_few_patients():

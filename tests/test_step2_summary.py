@@ -6,7 +6,7 @@ from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
 from step2.metrics import worst_mistakes
 from step2.statistics import compare, contrast_table
-from step2.summary import detectable_text, headline, say_costs, say_mistakes, say_reliability
+from step2.summary import detectable_text, headline, say_costs, say_forest, say_mistakes, say_reliability
 
 
 def test_answer_says_on_which_patients_networks_were_trained():
@@ -51,3 +51,9 @@ def test_mistakes_name_the_most_frequent_confusion():
 )
 def test_difference_that_could_be_found_is_never_more_than_there_can_be(reach, says):
     assert detectable_text(pd.DataFrame({"detectable": reach}, dtype=float)).startswith(says)
+
+
+def test_forest_without_the_baseline_counts_no_comparison():
+    table = random_table(60, 2, ("1_ROI", "4_ROI+noblank"), folds=3)
+    said = say_forest(contrast_table(compare(table, n_draws=60)))
+    assert said.startswith("No variant was compared with 0_Dicom2PNG. Training a network again")
