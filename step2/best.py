@@ -17,25 +17,19 @@ def best_of(
 ) -> pd.DataFrame:
     """Return best_set's table of some estimates. variants: those that compete, without a control."""
     k = len(variants)
-    apart, reach = np.full((k, k), -np.inf), np.full((k, k), np.nan)
-    for i, one in enumerate(variants):
-        others = [j for j in range(k) if j != i]
-        pairs = np.array([found.coefficients([(one, variants[j])]) for j in others])
-        if len(others):
-            reach[i, others] = simultaneous_reach(found, pairs, seed, draws)
-            apart[i, others] = pairs @ found.values
-    np.fill_diagonal(apart, np.inf)
-    upper = np.min(np.where(np.eye(k, dtype=bool), np.inf, apart + reach), axis=1)
+    apart, reach = np.full((k, k), np.inf), np.zeros((k, k))  # inf: of a variant and itself
+    for i, one in enumerate(variants if k > 1 else ()):
+        pairs = np.array([found.coefficients([(one, other)]) for other in variants if other != one])
+        reach[i, np.arange(k) != i] = simultaneous_reach(found, pairs, seed, draws)
+        apart[i, np.arange(k) != i] = pairs @ found.values
+    upper = np.min(apart + reach, axis=1)
     best = np.isnan(upper) | (upper > 0)
-    rows = []
-    for i, one in enumerate(variants):
-        rivals = [j for j in np.flatnonzero(best) if j != i]
-        lower = 0.0 if not rivals else float(np.min([apart[i, j] - reach[j, i] for j in rivals]))
-        other = int(np.argmin(apart[i]))
-        row = {"variant": one, "accuracy": found.values[found.names.index(one)], "in_best_set": best[i]}
-        row |= {"best_other": variants[other] if k > 1 else "", "difference": apart[i, other]}
-        rows.append(row | {"ci_low": min(lower, 0.0), "ci_high": max(float(upper[i]), 0.0)})
-    table = pd.DataFrame(rows)
+    lower = np.min((apart - reach.T)[:, best], axis=1, initial=0.0)
+    accuracy = [found.values[found.names.index(one)] for one in variants]
+    nearest = [variants[other] if k > 1 else "" for other in apart.argmin(axis=1)]
+    columns = {"variant": list(variants), "accuracy": accuracy, "in_best_set": best, "best_other": nearest}
+    columns |= {"difference": apart.min(axis=1), "ci_low": lower, "ci_high": np.maximum(upper, 0.0)}
+    table = pd.DataFrame(columns)
     if k == 1:
         table[["difference", "ci_low", "ci_high"]] = np.nan
     return table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)

@@ -24,15 +24,7 @@ from step2.network import build_network
 from step2.pace import pace_on_gpu
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
-from step2.training import (
-    Speed,
-    Trainer,
-    load_checkpoint,
-    predict,
-    release_memory,
-    save_checkpoint,
-    train_step,
-)
+from step2.training import Speed, Trainer, load_checkpoint, predict, save_checkpoint, train_step
 
 Verdict = tuple[bool, str]
 PLAIN = Speed("no", False, False, False, 8, ())
@@ -230,7 +222,7 @@ def main() -> int:
             fine, says = check()
         except Exception as err:  # noqa: BLE001  # whatever it is, the other checks are worth their lines
             fine, says = False, f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
-        release_memory(device)
+        torch.cuda.empty_cache()
         failed += not fine
         took = time.perf_counter() - began
         print(f"{'ok' if fine else 'FAILED':8}{name:18}{says}  [{took:.1f} s]", flush=True)

@@ -29,6 +29,16 @@ def classes_of(predictions: pd.DataFrame) -> tuple[str, ...]:
     return tuple(name.removeprefix("p_") for name in predictions.columns if name.startswith("p_"))
 
 
+def guesses(predictions: pd.DataFrame) -> tuple[float, float | None]:
+    """Return the accuracy of guessing, and of always saying the commonest class.
+
+    The latter is None where classes are so even that both are within a point of each other.
+    """
+    chance = 1 / len(classes_of(predictions))
+    share = float(predictions["label"].value_counts(normalize=True).max())
+    return chance, share if share > chance + 0.01 else None
+
+
 def short_names(classes: Iterable[str]) -> list[str]:
     """Return the field's abbreviations of RSNA's six, and other names on lines of 14 letters."""
     return [SHORT.get(name, wrapped(name, 14)) for name in classes]

@@ -55,8 +55,6 @@ def convergence_lines(convergence: pd.DataFrame) -> list[str]:
         state = f"still learning after {epochs} epochs" if name in learning else "converged"
         lines.append(f"{name}: {state} ({fits})")
     for run in convergence[convergence["stuck"]].itertuples():
-        again = " (control)" * bool(run.control)
-        lines.append(
-            f"{run.variant}{again}, repeat {run.repeat}, fold {run.fold} got stuck, other runs did not"
-        )
+        who = f"{run.variant}{' (control)' * bool(run.control)}"
+        lines.append(f"{who}, repeat {run.repeat}, fold {run.fold} got stuck, other runs did not")
     return lines

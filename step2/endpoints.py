@@ -8,14 +8,7 @@ import pandas as pd
 
 from step2.bootstrap import MIN_PATIENTS
 from step2.classes import HEALTHY, classes_of
-from step2.metrics import (
-    METRIC_DRAWS,
-    concordance,
-    patient_counts,
-    patients_behind,
-    ranking_estimates,
-    sensitivity_at_90,
-)
+from step2.metrics import METRIC_DRAWS, concordance, patient_counts, ranking_estimates, sensitivity_at_90
 from step2.statistics import all_contrasts, holm
 
 ENDPOINTS = {"AUC": concordance, "sensitivity at 90 % specificity": sensitivity_at_90}
@@ -33,7 +26,7 @@ def endpoint_table(
     """
     declared, rows = all_contrasts(predictions, control)
     estimable = declared and HEALTHY in classes_of(predictions)
-    if not estimable or patients_behind("any_auc", patient_counts(predictions)) < MIN_PATIENTS:
+    if not estimable or patient_counts(predictions).behind("any_auc") < MIN_PATIENTS:
         return pd.DataFrame(columns=["endpoint", "contrast", "kind"])  # a file of it can be read
     healthy = rows[rows["label"] == HEALTHY].groupby(["variant", "repeat", "fold"]).size()
     found = []
@@ -45,12 +38,9 @@ def endpoint_table(
         estimates = ranking_estimates(rows, measure, n_draws, seed)
         value = dict(zip(estimates.names, estimates.values, strict=True))
         for each in declared:
-            pairs = each["pairs"]
-            row = {"endpoint": endpoint, "contrast": each["contrast"], "kind": each["kind"]}
-            row |= {side: " and ".join(pair[i] for pair in pairs) for i, side in enumerate("ab")}
-            single = pairs[0] if len(pairs) == 1 else ("", "")
-            row |= {f"value_{side}": value.get(single[i], np.nan) for i, side in enumerate("ab")}
-            found.append(row | estimates.contrast(estimates.coefficients(pairs)))
-    table = pd.DataFrame(found).drop(columns="freedom")
+            single = {f"value_{side}": value.get(each[side], np.nan) for side in "ab"}
+            contrast = estimates.contrast(estimates.coefficients(each["pairs"]))
+            found.append({"endpoint": endpoint} | each | single | contrast)
+    table = pd.DataFrame(found).drop(columns=["pairs", "freedom"])
     table["p_holm"] = table.groupby(["endpoint", "kind"])["p_value"].transform(holm)
     return table

@@ -11,7 +11,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -67,16 +67,14 @@ def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
 
 def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> None:
     """Train these runs as far as the time goes, here or on Dask's workers, as the settings say."""
-    settings, progress = comparison.settings, Progress(comparison, len(comparison.runs) - len(waiting))
-    try:
+    settings = comparison.settings
+    with closing(Progress(comparison, len(comparison.runs) - len(waiting))) as progress:
         if settings.processes == 1 and not settings.cluster:
             train_here(comparison, waiting, progress, ends)
             return
         cluster = clients_of(settings.cluster) if settings.cluster else local_cluster(settings, len(waiting))
         with cluster as client:
             train_on(client, comparison, waiting, progress, ends)
-    finally:
-        progress.close()
 
 
 def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress", ends: float) -> None:
@@ -120,9 +118,8 @@ def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
         "distributed.worker.profile.enabled": False,
         "distributed.admin.system-monitor.gil.enabled": False,
     }
-    count = min(settings.processes, runs)
     workers, visible = {}, os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    for number in range(count):
+    for number in range(min(settings.processes, runs)):
         env = dict.fromkeys(THREADS, str(settings.threads))
         if settings.gpus:  # of those that this process may use
             env |= {"CUDA_VISIBLE_DEVICES": visible[number] if visible[0] else str(number)}

@@ -22,6 +22,8 @@ from scipy import special, stats
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
 
+Floats = np.ndarray | float
+Freedom = tuple[int, int, int]  # degrees: of patients, of the interaction, of one variant's trainings
 # The interaction has to exceed what patients explain by this part before training noise is seen in it: a variance
 # that can't be negative would come out above 0 half of the time where there is none. Chosen by simulation, of eight
 # columns (tests/benchmarks/simulate_intervals.py): without it intervals are 11 % (3 folds) or 7 % (5) wider where
@@ -35,7 +37,6 @@ class Estimates:
 
     spread: the mean square of the interaction; sampling: the part of it that patients explain; NaN where the
     table can't tell (one variant, or one training of each). share: sum of the squared shares of a variant's trainings.
-    freedom: degrees, of patients, of the interaction and of one variant's trainings.
     """
 
     names: tuple[str, ...]
@@ -44,7 +45,7 @@ class Estimates:
     spread: float
     sampling: float
     share: float
-    freedom: tuple[int, int, int]
+    freedom: Freedom
 
     @property
     def training(self) -> float:
@@ -110,25 +111,20 @@ class Estimates:
         return found
 
 
-def cautious(mean_square: np.ndarray | float, sampling: np.ndarray | float) -> np.ndarray:
+def cautious(mean_square: Floats, sampling: Floats) -> np.ndarray:
     """Return the training variance that an interaction's mean square shows beyond what patients explain."""
     return np.maximum(mean_square - (1 + CAUTION) * sampling, 0.0)
 
 
-def degrees_of_freedom(patients: int, columns: int, trainings: int) -> tuple[int, int, int]:
-    """Return those of patients, of the interaction and of one variant's trainings.
+def degrees_of_freedom(patients: int, columns: int, trainings: int) -> Freedom:
+    """Return the degrees of freedom of a table.
 
     columns: variants and control. trainings: of each, folds times repeats.
     """
     return patients - 1, (columns - 1) * (trainings - 1), trainings - 1
 
 
-def satterthwaite(
-    sampling: np.ndarray | float,
-    luck: np.ndarray | float,
-    spread: np.ndarray | float,
-    freedom: tuple[int, int, int],
-) -> np.ndarray:
+def satterthwaite(sampling: Floats, luck: Floats, spread: Floats, freedom: Freedom) -> np.ndarray:
     """Return the degrees of freedom of sampling + luck, variances from patients and from trainings.
 
     spread: what luck was taken from, patients' part included. freedom: as of Estimates. Never fewer than a

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from step2.classes import HEALTHY, wrapped
-from step2.figures import grid, in_lines, tile
-from step2.network import build_network, normalise
-from step2.pictures import read_png, to_channels
+from step2.figures import in_lines, picture_grid
+from step2.network import build_network
+from step2.pictures import normalise, read_png, to_channels
 from step2.runs import Comparison, Run, load_last
 
 CELLS = 10
@@ -58,15 +58,13 @@ def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
     bleeds = [name for name in classes if name != HEALTHY]
     shown = held_out.groupby("label").nth(0).set_index("label").reindex(bleeds).dropna(subset="image")
     truth = torch.tensor([classes.index(label) for label in shown.index])
-    figure, axes = grid(len(variants), len(shown), 1.4)
-    network = build_network(settings, 0.1, len(classes))
-    for row, variant in enumerate(variants):
+    network, rows, maps = build_network(settings, 0.1, len(classes)), [], []
+    for variant in variants:
         load_last(comparison, Run(variant, repeat, fold), network)
-        paths = [settings.data / variant / image for image in shown["image"]]
-        pictures = [read_png(path, settings.image_size) for path in paths]
-        maps = grad_cam(network, torch.stack([to_channels(p) for p in pictures]), truth)
-        for column, label in enumerate(shown.index):
-            side = "" if column else in_lines(variant)
-            tile(axes[row, column], pictures[column], "" if row else wrapped(label, 18), side)
-            axes[row, column].imshow(maps[column], cmap="jet", vmin=0, vmax=1, alpha=0.45 * maps[column])
+        rows.append([read_png(settings.data / variant / i, settings.image_size) for i in shown["image"]])
+        maps.append(grad_cam(network, torch.stack([to_channels(p) for p in rows[-1]]), truth))
+    heads, sides = [wrapped(label, 18) for label in shown.index], [in_lines(variant) for variant in variants]
+    figure = picture_grid(rows, heads, sides, 1.4)
+    for axis, heat in zip(figure.axes, np.concatenate(maps), strict=True):
+        axis.imshow(heat, cmap="jet", vmin=0, vmax=1, alpha=0.45 * heat)
     return figure

@@ -12,17 +12,8 @@ import pandas as pd
 from matplotlib.font_manager import get_font_names
 
 from step2.bootstrap import MIN_PATIENTS
-from step2.classes import classes_of, order_classes, short_names, wrapped
-from step2.metrics import (
-    GRID,
-    confusion_counts,
-    guesses,
-    mean_curve,
-    metric_of,
-    patient_counts,
-    reliability,
-    with_interval,
-)
+from step2.classes import classes_of, guesses, order_classes, short_names, wrapped
+from step2.metrics import confusion_counts, mean_curve, metric_of, patient_counts, reliability, with_interval
 from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
 from step2.statistics import EQUIVALENCE, in_points
@@ -30,12 +21,8 @@ from step2.variants import BASELINE, KNOWN_VARIANTS
 
 # Fonts that have the Chinese, Japanese or Korean of a class's name, where the usual one has no letter
 EASTERN = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Yu Gothic",
-    "PingFang SC",
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei"),
+    *("Malgun Gothic", "Yu Gothic", "PingFang SC"),
 )
 plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in EASTERN if font in get_font_names())]
 
@@ -59,12 +46,6 @@ def variant_colors(variants: Sequence[str]) -> dict[str, str]:
     return {name: COLORS[place and 1 + (place - 1) % (len(COLORS) - 1)] for place, name in enumerate(order)}
 
 
-def grid(rows: int, columns: int, inches: float) -> tuple[plt.Figure, np.ndarray]:
-    """Return a figure and its axes (rows, columns), each for a square picture."""
-    size = (inches * columns + 0.6, inches * rows)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-
-
 def panels(
     count: int, in_row: int, inches: tuple[float, float], **shared: Any
 ) -> tuple[plt.Figure, list[plt.Axes]]:
@@ -77,12 +58,21 @@ def panels(
     return figure, list(axes.flat[:count])
 
 
-def tile(axis: plt.Axes, picture: np.ndarray, title: str = "", side: str = "") -> None:
-    """Draw one picture, grey or RGB, with a word above it and one at its left."""
+def tile(axis: plt.Axes, picture: np.ndarray, title: str, side: str = "", size: float = 8) -> None:
+    """Draw one picture, grey or RGB, with a word above it and one at its left, in this size of print."""
     axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
-    axis.set_title(title, size=8)
-    axis.set_ylabel(side, size=8)
+    axis.set_title(title, size=size)
+    axis.set_ylabel(side, size=size)
+
+
+def picture_grid(pictures: list, heads: list[str], sides: list[str], inches: float) -> plt.Figure:
+    """Return a figure of rows of square pictures, with heads above the first one and sides at their left."""
+    size = (inches * len(heads) + 0.6, inches * len(sides))
+    figure, axes = plt.subplots(len(sides), len(heads), figsize=size, squeeze=False, layout="constrained")
+    for (row, column), axis in np.ndenumerate(axes):
+        tile(axis, pictures[row][column], "" if row else heads[column], "" if column else sides[row])
+    return figure
 
 
 def in_lines(variant: str) -> str:
@@ -93,27 +83,19 @@ def in_lines(variant: str) -> str:
 def draw_variants(data: Path, variants: Sequence[str], slices: pd.DataFrame, size: int) -> plt.Figure:
     """Draw a row for one slice of each class, a column for each variant, in size x size pixels."""
     shown = slices.groupby("label").nth(0).set_index("label").loc[list(order_classes(slices["label"]))]
-    figure, axes = grid(len(shown), len(variants), 1.45)
-    for row, label in enumerate(shown.index):
-        for column, variant in enumerate(variants):
-            picture = read_png(data / variant / shown.loc[label, "image"], size)
-            side = "" if column else wrapped(label, 20)
-            tile(axes[row, column], picture, "" if row else in_lines(variant), side)
-    return figure
+    pictures = [[read_png(data / variant / image, size) for variant in variants] for image in shown["image"]]
+    sides = [wrapped(label, 20) for label in shown.index]
+    return picture_grid(pictures, [in_lines(variant) for variant in variants], sides, 1.45)
 
 
 def draw_augmented(settings: Settings, variant: str, slices: pd.DataFrame, epochs: int = 6) -> plt.Figure:
     """Draw a row for one slice of each class: as it is, and as the first epochs get it."""
     pictures = Pictures(settings.data / variant, list(slices["image"]), settings, settings.seed)
     first = {label: index for index, label in slices.drop_duplicates("label")["label"].items()}
-    figure, axes = grid(len(first), epochs + 1, 1.3)
-    for row, label in enumerate(order_classes(first)):
-        for column, epoch in enumerate([None, *range(epochs)]):
-            title = "as it is" if epoch is None else f"epoch {epoch + 1}"
-            side = "" if column else wrapped(label, 18)
-            picture = to_picture(pictures[epoch, first[label]][0])
-            tile(axes[row, column], picture, "" if row else title, side)
-    return figure
+    labels, shown = order_classes(first), [None, *range(epochs)]
+    rows = [[to_picture(pictures[epoch, first[label]][0]) for epoch in shown] for label in labels]
+    heads = ["as it is", *(f"epoch {epoch + 1}" for epoch in range(epochs))]
+    return picture_grid(rows, heads, [wrapped(label, 18) for label in labels], 1.3)
 
 
 def draw_rates(rates: Sequence[float], epochs: int) -> plt.Figure:
@@ -271,9 +253,7 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     return figure
 
 
-def draw_sensitivities(
-    predictions: pd.DataFrame, metrics: pd.DataFrame, patient_level: bool = True
-) -> plt.Figure:
+def draw_sensitivities(predictions: pd.DataFrame, metrics: pd.DataFrame, patient_level: bool) -> plt.Figure:
     """Return a heat map of sensitivity in %, variants by classes."""
     names, counts = list(predictions["variant"].unique()), patient_counts(predictions).of
     inches = (3.2 + 1.3 * len(counts), 1.3 + 0.5 * len(names))
@@ -341,7 +321,7 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
     auc.set(ylim=(len(names) - 0.4, -0.6), xlabel="AUC, any hemorrhage (95 % CI); dashed: chance")
     for i, name in enumerate(shown):
         curve = mean_curve(predictions[predictions["variant"] == name])
-        roc.plot(GRID, curve, label=name, color=colors[name], ls=LINE_STYLES[i % len(LINE_STYLES)], lw=1.8)
+        roc.plot(curve, label=name, color=colors[name], ls=LINE_STYLES[i % len(LINE_STYLES)], lw=1.8)
     roc.plot([0, 1], [0, 1], color="black", lw=0.8, label="chance")
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", ylim=(0, 1.02), xlim=(0, 1))
     roc.legend(fontsize=8, loc="lower right")
@@ -393,8 +373,7 @@ def draw_mistakes(mistakes: pd.DataFrame, data: Path, size: int) -> plt.Figure:
     for axis, row in zip(axes, mistakes.itertuples(), strict=False):
         said = [f"is {row.label}", f"said {row.predicted}, {row.confidence:.0%}"]
         words = "\n".join([in_lines(row.variant), *(wrapped(line, 28) for line in said)])
-        tile(axis, read_png(data / row.variant / row.image, size), words)
-        axis.title.set_fontsize(7)
+        tile(axis, read_png(data / row.variant / row.image, size), words, size=7)
     if mistakes.empty:
         axes[0].text(0.5, 0.5, "none", ha="center")
     return figure

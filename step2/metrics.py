@@ -13,18 +13,12 @@ from scipy import special, stats
 from sklearn.metrics import roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
-from step2.bootstrap import (
-    ALPHA,
-    MIN_PATIENTS,
-    bootstrap_weights,
-    patient_ids,
-    standard_error,
-    sum_by_patient,
-)
+from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
 from step2.classes import HEALTHY, classes_of, probability_columns
 from step2.estimates import Estimates, combine, find_cells, mean_estimates, paired_correctness
 
-Ranked = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # such as concordance
+Quotient = tuple[np.ndarray, np.ndarray]  # numerator and denominator of a measure, float (draws,) each
+Ranked = Callable[[np.ndarray, np.ndarray, np.ndarray], Quotient]  # such as concordance
 METRIC_DRAWS = 1_000  # their intervals need the standard error alone
 CALIBRATION_BINS = 10
 SPECIFICITY = 0.9  # at which sensitivities are compared
@@ -49,8 +43,7 @@ def metric_table(predictions: pd.DataFrame, n_draws: int = METRIC_DRAWS, seed: i
         blocks = [metric_draws(rows, codes, tables, w) for w in bootstrap_weights(n, n_draws, seed)]
         for metric, value in metric_draws(rows, codes, tables, np.ones((1, n))).items():
             draws = np.concatenate([block[metric] for block in blocks])
-            behind = patients_behind(metric, counts)
-            ends = metric_interval(metric, value[0], draws, behind)
+            ends = metric_interval(metric, value[0], draws, counts.behind(metric))
             if metric in both and np.isfinite(ends).all() and 0 < value[0] < 1:
                 ends = interval_of(both[metric], str(variant), logit=metric == "any_auc")
             table.append((variant, metric, value[0], *ends))
@@ -64,10 +57,7 @@ def metric_draws(
     drawn = {name: np.tensordot(weights, table, 1) for name, table in tables.items()}
     confusion, classes = drawn["confusion"], classes_of(rows)
     values = confusion_metrics(confusion, classes)
-    label = rows["label"].to_numpy()
-    aucs = np.array(
-        [auc_draws(rows, codes, rows[f"p_{c}"].to_numpy(float), label == c, weights) for c in classes]
-    )
+    aucs = np.array([auc_draws(rows, codes, name, weights) for name in classes])
     if HEALTHY in classes:  # healthy against the rest; turned round, it is the same
         values["any_auc"] = aucs[classes.index(HEALTHY)]
     found = np.isfinite(aucs)
@@ -123,9 +113,7 @@ def calibration_error(calibration: np.ndarray) -> np.ndarray:
     return gaps / calibration[..., 2].sum(1)
 
 
-def concordance(
-    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def concordance(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> Quotient:
     """Return the weight of concordant pairs and of all pairs, float (draws,) each; ties count half.
 
     scores: float (images,). positive: bool (images,). weights: float (draws, images). The quotient is
@@ -141,13 +129,12 @@ def concordance(
     return np.einsum("ij,ij->i", cases, ranks), cases.sum(1) * below[:, -1]
 
 
-def auc_draws(
-    rows: pd.DataFrame, codes: np.ndarray, scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Return the AUC of each draw, float (draws,): pairs within a repeat and fold, added up over them.
+def auc_draws(rows: pd.DataFrame, codes: np.ndarray, name: str, weights: np.ndarray) -> np.ndarray:
+    """Return a class's AUC of each draw, float (draws,): pairs within a repeat and fold, added up over them.
 
     weights: float (draws, patients).
     """
+    scores, positive = rows[f"p_{name}"].to_numpy(float), (rows["label"] == name).to_numpy()
     found, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for index in rows.groupby(["repeat", "fold"]).indices.values():
         of_fold = concordance(scores[index], positive[index], weights[:, codes[index]])
@@ -168,9 +155,7 @@ def interval_of(found: Estimates, variant: str, logit: bool) -> tuple[float, flo
     return float(low), float(high)
 
 
-def sensitivity_at_90(
-    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def sensitivity_at_90(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> Quotient:
     """Return the weight of positives above the lowest threshold of 90 % specificity, and of all, float (draws,).
 
     Arguments as for concordance.
@@ -201,8 +186,16 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
         return np.array(found).transpose(2, 1, 0).reshape(len(weights), 2, len(names), *where.shape)
 
     draws = np.concatenate([quotient(w) for w in bootstrap_weights(where.patients, n_draws, seed)])
-    behind = patients_behind("any_auc", patient_counts(rows))
+    behind = patient_counts(rows).behind("any_auc")
     return combine(names, quotient(np.ones((1, where.patients)))[0], draws, behind)
+
+
+def standard_error(draws: np.ndarray, n_patients: int) -> float:
+    """Return the bootstrap standard error, times sqrt(n / (n - 1)) for few patients (Hesterberg 2015)."""
+    if n_patients < MIN_PATIENTS or np.isnan(draws).mean() > ALPHA:
+        return np.nan
+    spread = np.nanstd(draws, ddof=1)
+    return spread * np.sqrt(n_patients / (n_patients - 1)) if spread > 1e-9 else np.nan
 
 
 def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: int) -> tuple[float, float]:
@@ -225,19 +218,18 @@ class PatientCounts(NamedTuple):
     bleeding: int
     together: int
 
-
-def patients_behind(metric: str, counts: PatientCounts) -> int:
-    """Return how many patients a metric speaks about."""
-    kind, _, name = metric.partition("_")
-    if kind == "sensitivity" or metric == "any_specificity":
-        return counts.of[HEALTHY if kind == "any" else name]
-    if metric == "any_auc":
-        return min(counts.of[HEALTHY], counts.bleeding)
-    if metric in ("any_sensitivity", f"specificity_{HEALTHY}"):
-        return counts.bleeding
-    if kind == "specificity" and len(counts.of) == 2:  # the same number as the other class's sensitivity
-        return next(count for other, count in counts.of.items() if other != name)
-    return counts.together
+    def behind(self, metric: str) -> int:
+        """Return how many patients a metric speaks about."""
+        kind, _, name = metric.partition("_")
+        if kind == "sensitivity" or metric == "any_specificity":
+            return self.of[HEALTHY if kind == "any" else name]
+        if metric == "any_auc":
+            return min(self.of[HEALTHY], self.bleeding)
+        if metric in ("any_sensitivity", f"specificity_{HEALTHY}"):
+            return self.bleeding
+        if kind == "specificity" and len(self.of) == 2:  # the same number as the other class's sensitivity
+            return next(count for other, count in self.of.items() if other != name)
+        return self.together
 
 
 def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
@@ -246,16 +238,6 @@ def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
     of = {c: people.loc[people["label"] == c, "patient"].nunique() for c in classes_of(predictions)}
     bleeding = people.loc[people["label"] != HEALTHY, "patient"].nunique()
     return PatientCounts(of, bleeding, people["patient"].nunique())
-
-
-def guesses(predictions: pd.DataFrame) -> tuple[float, float | None]:
-    """Return the accuracy of guessing, and of always saying the commonest class.
-
-    The latter is None where classes are so even that both are within a point of each other.
-    """
-    chance = 1 / len(classes_of(predictions))
-    share = float(predictions["label"].value_counts(normalize=True).max())
-    return chance, share if share > chance + 0.01 else None
 
 
 def class_warnings(predictions: pd.DataFrame, patient_level: bool = True) -> list[str]:
@@ -292,8 +274,9 @@ def confusion_counts(rows: pd.DataFrame) -> np.ndarray:
     return patient_tables(rows, np.zeros(len(rows), int))["confusion"][0]
 
 
-def mean_curve(rows: pd.DataFrame) -> np.ndarray:
-    """Return the ROC curve of any hemorrhage, sensitivities on GRID: the mean over folds, weighted by pairs."""
+def mean_curve(rows: pd.DataFrame) -> pd.Series:
+    """Return the ROC curve of any hemorrhage, Series of sensitivities by GRID: the mean over folds, weighted by
+    pairs."""
     curves, pairs = [], []
     for _, fold in rows.groupby(["repeat", "fold"]):
         bleed, score = fold["label"] != HEALTHY, 1 - fold[f"p_{HEALTHY}"]
@@ -301,7 +284,7 @@ def mean_curve(rows: pd.DataFrame) -> np.ndarray:
             false, true, _ = roc_curve(bleed, score, drop_intermediate=False)
             curves.append(np.r_[0, np.interp(GRID[1:], false, true)])
             pairs.append(int(bleed.sum() * (~bleed).sum()))
-    return np.average(curves, axis=0, weights=pairs) if curves else np.full(len(GRID), np.nan)
+    return pd.Series(np.average(curves, axis=0, weights=pairs) if curves else np.nan, index=GRID)
 
 
 def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -314,11 +297,8 @@ def reliability(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         draws = (weights @ sums[..., 0]) / (weights @ sums[..., 2])
         table = pd.DataFrame({"confidence": confidence / count, "accuracy": right / count, "slices": count})
     patients = (sums[..., 2] > 0).sum(axis=0)
-    ends = [
-        metric_interval("accuracy", a, d, n)
-        for a, d, n in zip(table["accuracy"], draws.T, patients, strict=True)
-    ]
-    table[["ci_low", "ci_high"]] = np.array(ends)
+    bins = zip(table["accuracy"], draws.T, patients, strict=True)
+    table[["ci_low", "ci_high"]] = [metric_interval("accuracy", *of_bin) for of_bin in bins]
     return table[table["slices"] > 0]
 
 

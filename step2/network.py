@@ -18,7 +18,6 @@ from step2.files import read_json, sha256, write_atomically, write_json
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
-PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as its weights expect
 MOUNTED = Path("/kaggle/input")  # where Kaggle shows data sets; there may be no internet beside them
 NARROW = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "dropout_rate": 0.1, "drop_connect_rate": 0.0}
 
@@ -51,13 +50,6 @@ def pad_in_convolutions(network: EfficientNet) -> None:
 def batch_norm_momentum(steps: int) -> float:
     """Return 0.01, the library's, for long runs; 0.1 for those that end before that settles."""
     return 0.01 if steps >= 2000 else 0.1
-
-
-def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """Return uint8 (n, 1 or 3, h, w) as float32 (n, 3, h, w): grey three times, on ImageNet's scale."""
-    mean = torch.tensor(PIXEL_MEAN, device=pictures.device).view(1, 3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=pictures.device).view(1, 3, 1, 1)
-    return (pictures.float() / 255 - mean) / std
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:

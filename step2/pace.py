@@ -19,8 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from step2.network import build_network, normalise
-from step2.pictures import Pictures, load, shuffled
+from step2.network import build_network
+from step2.pictures import Pictures, load, normalise, shuffled
 from step2.settings import Settings
 from step2.speed import OUTPUTS, device_name, find_device, prepare_process, time_steps, usual_speed, what_fits
 from step2.training import release_memory
@@ -164,27 +164,24 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
     with ProcessPoolExecutor(count, context, context.Barrier(count).wait) as pool:
         for _ in range(count * (count > 1)):
             pool.submit(int)  # they start while costs are counted
-        costs = [network_cost(settings, half=False) for settings in several]
-        timed = [
-            settings if cost.gflop < FEW_GFLOP else settings.model_copy(update=STAND_IN)
-            for settings, cost in zip(several, costs, strict=True)
-        ]
+        costs = {network_name(settings): network_cost(settings, half=False) for settings in several}
+        small = {name for name, cost in costs.items() if cost.gflop < FEW_GFLOP}
+        timed = [s if network_name(s) in small else s.model_copy(update=STAND_IN) for s in several]
         each = {network_name(settings): settings for settings in timed}
-        gflop = {network_name(settings): cost.gflop for settings, cost in zip(several, costs, strict=True)}
-        for name in each.keys() - gflop.keys():  # the stand-in, where it is none of them
-            gflop[name] = network_cost(each[name], half=False).gflop
-        work = [(settings, max(1, round(FEW_GFLOP / gflop[name]))) for name, settings in each.items()]
+        for name in each.keys() - costs.keys():  # the stand-in, where it is none of them
+            costs[name] = network_cost(each[name], half=False)
+        work = [(settings, max(1, round(FEW_GFLOP / costs[name].gflop))) for name, settings in each.items()]
         given = (work, list(several))
         found = list(pool.map(time_all, [given] * count)) if count > 1 else [time_all(given)]
     seconds_of = dict(zip(each, np.mean([steps for steps, _ in found], axis=0), strict=True))
     loading = np.mean([loads for _, loads in found], axis=0)
     paces = []
-    for settings, cost, stand_in, seconds in zip(several, costs, timed, loading, strict=True):
+    for settings, stand_in, seconds in zip(several, timed, loading, strict=True):
         basis = f"timed on this {device_name(device)}"
         if stand_in is not settings:
             basis = f"from its operations, at the speed of {stand_in.model_name}"
-        name = network_name(stand_in)
-        train = float(seconds_of[name]) * cost.gflop / gflop[name]
+        cost, name = costs[network_name(settings)], network_name(stand_in)
+        train = float(seconds_of[name]) * cost.gflop / costs[name].gflop
         memory = memory_needed(cost, settings.batch_size)
         paces.append(Pace(cost.weights, train, float(seconds), memory, settings.batch_size, basis))
     return paces

@@ -16,7 +16,9 @@ import torch
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as its weights expect
 Key = tuple[int | None, int]  # epoch, None: not augmented; number of the slice
+Batch = tuple[torch.Tensor, torch.Tensor]  # pictures, uint8 (n, 1 or 3, size, size); their numbers, int (n,)
 
 
 def png_is_whole(content: bytes) -> bool:
@@ -121,6 +123,13 @@ def to_picture(channels: torch.Tensor) -> np.ndarray:
     return channels.permute(1, 2, 0).squeeze(2).numpy()
 
 
+def normalise(pictures: torch.Tensor) -> torch.Tensor:
+    """Return uint8 (n, 1 or 3, h, w) as float32 (n, 3, h, w): grey three times, on ImageNet's scale."""
+    mean = torch.tensor(PIXEL_MEAN, device=pictures.device).view(1, 3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=pictures.device).view(1, 3, 1, 1)
+    return (pictures.float() / 255 - mean) / std
+
+
 class Pictures:
     """The slices of one variant; the item (epoch, index) is a picture and its index.
 
@@ -135,9 +144,6 @@ class Pictures:
         self.paths, self.recipe, self.seed = [folder / image for image in images], recipe, seed
         size = recipe.image_size
         self.cache = np.stack([read_png(path, size) for path in self.paths]) if cached else None
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
         epoch, index = key
@@ -167,16 +173,14 @@ def in_order(positions: np.ndarray, batch_size: int) -> list[list[Key]]:
     return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
 
-def prepare(pictures: Pictures, batch: list[Key]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch, uint8 (n, 1 or 3, size, size), and its indices, int (n,)."""
+def prepare(pictures: Pictures, batch: list[Key]) -> Batch:
+    """Return a batch of pictures."""
     several, index = zip(*(pictures[key] for key in batch), strict=True)
     stacked = torch.stack(several)
     return stacked.pin_memory() if torch.cuda.is_available() else stacked, torch.tensor(index)
 
 
-def load(
-    pictures: Pictures, batches: list[list[Key]], threads: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def load(pictures: Pictures, batches: list[list[Key]], threads: int = 0) -> Iterator[Batch]:
     """Yield each batch as prepare makes it, in order; threads, if any, work some batches ahead.
 
     Threads, not processes: OpenCV does the work without Python's lock, and they share the pictures in memory,

@@ -65,10 +65,8 @@ def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
     for part, share in (("third", 1 / 3), ("tenth", 1 / 10)):
         fewer = replace(size, slices=round(size.slices * share), patients=round(size.patients * share))
         found.append((f"a {part} of the slices", settings, fewer))
-    for name in PROFILES:
-        if name != settings.profile:
-            found.append((f"profile {name}", other(**PROFILES[name], profile=name), size))
-    return found
+    others = [name for name in PROFILES if name != settings.profile]
+    return found + [(f"profile {name}", other(**PROFILES[name], profile=name), size) for name in others]
 
 
 def plan_table(settings: Settings, size: Size, gpu: str | None = None) -> pd.DataFrame:
@@ -89,8 +87,9 @@ def plan_table(settings: Settings, size: Size, gpu: str | None = None) -> pd.Dat
 
 def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[str, Any]:
     """Return one choice's row of plan_table."""
-    runs = (size.variants + size.control) * settings.folds * settings.repeats
-    held_out = round(size.slices / (settings.folds if settings.folds > 1 else 5))
+    folds, repeats = settings.folds, settings.repeats
+    runs = (size.variants + size.control) * folds * repeats
+    held_out = round(size.slices / (folds if folds > 1 else 5))
     steps = steps_per_epoch(size.slices - held_out, settings.batch_size)
     trained = min(steps * settings.batch_size, size.slices - held_out) * settings.epochs
     judged = held_out * sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs))
@@ -101,18 +100,12 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / processes
     # of each run its last and best weights, of each process a checkpoint
     disk = (4 * runs + 14 * processes) * pace.weights
-    tested = size.patients if settings.folds > 1 else round(size.patients / 5)  # of a single split, one side
-    points = detectable_points(
-        tested,
-        slices=size.slices / max(size.patients, 1),
-        folds=settings.folds,
-        repeats=settings.repeats,
-        variants=size.variants,
-        control=size.control,
-    )
+    tested = size.patients if folds > 1 else round(size.patients / 5)  # of a single split, one side
+    each = size.slices / max(size.patients, 1)
+    points = detectable_points(tested, each, folds, repeats, size.variants, control=size.control)
     return {
         **{"choice": choice, "profile": settings.profile},
-        **{"folds": settings.folds, "repeats": settings.repeats},
+        **{"folds": folds, "repeats": repeats},
         **{"slices": size.slices, "patients": size.patients, "runs": runs, "pictures": runs * trained},
         **{"hours": seconds / 3600, "memory_gb": pace.memory / 1e9},
         **{"batch_size": settings.batch_size, "at_a_time": pace.part},
@@ -134,44 +127,35 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
 
     disk, memory: as room_here tells.
     """
-    row, hours = table.iloc[0], table["hours"].iloc[0]
+    row = table.iloc[0]
+    hours, part, batch, finds = (row[name] for name in ("hours", "at_a_time", "batch_size", "detectable"))
     took = f"about {60 * hours:.0f} minutes" if hours < 1.5 else f"about {hours:.1f} hours"
     took = took if hours > 1 / 60 else "less than a minute"
-    lines = [f"{row['runs']} runs train {row['pictures']:,} pictures in {took} ({row['basis']})"]
+    trained = f"{row['runs']} runs train {row['pictures']:,} pictures in {took} ({row['basis']})"
     if hours > A_DAY:
-        lines[0] += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
-    if hours > SESSION_H:
-        sessions, weeks = math.ceil(hours / SESSION_H), hours / WEEK_H
-        lines.append(
-            f"where a session ends after {SESSION_H} hours, that is {sessions} of them, and {weeks:.1f} weeks of "
-            f"{WEEK_H} GPU hours: set max_hours, and start again each time"
-        )
-    if row["at_a_time"] < 1:
-        lines.append(
-            "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
-        )
-    elif row["at_a_time"] < row["batch_size"]:
-        lines.append(
-            f"memory holds {row['at_a_time']} of a batch's {row['batch_size']} slices: it is taken in parts"
-        )
-    if row["trained_per_s"] > row["loaded_per_s"]:
-        lines.append("loading pictures takes longer than training: raise workers")
-    if row["memory_gb"] * 1e9 > memory:
-        has = f"each process needs {row['memory_gb']:.1f} GB of memory and has {memory / 1e9:.1f}"
-        lines.append(f"{has}: lower processes or batch_size")
-    if row["disk_gb"] * 1e9 > disk:
-        lines.append(
-            f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
-        )
-    found = row["detectable"]
-    if np.isnan(found):
-        lines.append("so few patients, or a single variant, could show no difference")
-    else:
-        lines.append(
-            f"a difference of {found:.1f} points in accuracy would be found in 8 of 10 such comparisons "
-            "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
-        )
-    return lines
+        trained += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
+    sessions, weeks = math.ceil(hours / SESSION_H), hours / WEEK_H
+    ends = f"where a session ends after {SESSION_H} hours, that is {sessions} of them, and "
+    ends += f"{weeks:.1f} weeks of {WEEK_H} GPU hours: set max_hours, and start again each time"
+    too_large = "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
+    in_parts = f"memory holds {part} of a batch's {batch} slices: it is taken in parts"
+    waits = "loading pictures takes longer than training: raise workers"
+    needs = f"each process needs {row['memory_gb']:.1f} GB of memory and has {memory / 1e9:.1f}"
+    full = f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
+    found = f"a difference of {finds:.1f} points in accuracy would be found in 8 of 10 such comparisons "
+    found += "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
+    said = {
+        trained: True,
+        ends: hours > SESSION_H,
+        too_large: part < 1,
+        in_parts: 1 <= part < batch,
+        waits: row["trained_per_s"] > row["loaded_per_s"],
+        f"{needs}: lower processes or batch_size": row["memory_gb"] * 1e9 > memory,
+        full: row["disk_gb"] * 1e9 > disk,
+        "so few patients, or a single variant, could show no difference": np.isnan(finds),
+        found: not np.isnan(finds),
+    }
+    return [sentence for sentence, holds in said.items() if holds]
 
 
 def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:

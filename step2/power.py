@@ -4,10 +4,6 @@ The plan speaks the language of estimates.py: a contrast's variance is that of t
 trainings, of which only an estimate will be known, so that the test is a t test with few degrees of freedom.
 """
 
-from collections.abc import Sequence
-from itertools import product
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
@@ -21,24 +17,6 @@ QUANTILES = 60  # of a chi-squared variable, in its place; 200 move no result by
 def detectable_difference(error: pd.Series, freedom: pd.Series, comparisons: pd.Series) -> pd.Series:
     """Return the smallest true differences found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
     return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
-
-
-def detectable_table(
-    patients: Sequence[int],
-    folds: Sequence[int] = (5,),
-    repeats: Sequence[int] = (1,),
-    training_sd: Sequence[float] = (0.0, 1.0, 2.0),
-    **assumed: Any,
-) -> pd.DataFrame:
-    """Return detectable_points of each combination, DataFrame (patients, folds, repeats, training_sd, detectable).
-
-    assumed: the other arguments of detectable_points.
-    """
-    rows = []
-    for n, k, r, sd in product(patients, folds, repeats, training_sd):
-        points = detectable_points(n, folds=k, repeats=r, training_sd=sd, **assumed)
-        rows.append({"patients": n, "folds": k, "repeats": r, "training_sd": sd, "detectable": points})
-    return pd.DataFrame(rows)
 
 
 def detectable_points(

@@ -26,29 +26,11 @@ import torch
 from step2.classes import probability_columns
 from step2.files import read_json, sha256, write_csv, write_json
 from step2.network import InitialWeights
-from step2.pictures import (
-    Pictures,
-    check_channels,
-    in_order,
-    load,
-    pictures_digest,
-    shuffled,
-    steps_per_epoch,
-)
+from step2.pictures import Pictures, check_channels, in_order, load, pictures_digest, steps_per_epoch
 from step2.settings import Settings
 from step2.slices import Slices
 from step2.speed import choose_speed, device_name, find_device, prepare_process
-from step2.training import (
-    RunInput,
-    Speed,
-    Tell,
-    Trainer,
-    half_weights,
-    predict,
-    predict_held_out,
-    save_weights,
-    train_run,
-)
+from step2.training import RunInput, Speed, Tell, Trainer, half_weights, predict, save_weights, train_run
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
 PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
@@ -115,10 +97,10 @@ class Comparison:
     def steps_to_compile(self) -> int:
         """Training steps of all runs of a process; of one where a cluster's workers may have no more. 0 where
         batches differ in size, as a network is compiled for one."""
-        settings, (train, _) = self.settings, self.split(self.runs[0])
+        settings, count = self.settings, len(self.split(self.runs[0])[0])
         runs_each = 1 if settings.cluster else math.ceil(len(self.runs) / settings.processes)
-        sizes = {len(batch) for batch in shuffled(train, settings.batch_size, 0, 0)}
-        return runs_each * self.steps if sizes == {settings.batch_size} else 0
+        whole = steps_per_epoch(count, settings.batch_size) * settings.batch_size <= count
+        return runs_each * self.steps if whole else 0
 
     def split(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of a run's training and held-out slices."""
@@ -179,10 +161,8 @@ def read_done(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     done = read_json(folder / "done.json")
     if done is None or done.get("folder") != folder.name:
         return None, ["done.json"] if (folder / "done.json").exists() else []
-    whole = {name: (folder / name).is_file() for name in done["files"]}
-    damaged = [name for name, there in whole.items() if not there]
-    damaged += [n for n, digest in done["files"].items() if whole[n] and sha256(folder / n) != digest]
-    return done, damaged
+    there = {name for name in done["files"] if (folder / name).is_file()}
+    return done, [n for n, digest in done["files"].items() if n not in there or sha256(folder / n) != digest]
 
 
 def is_trained(comparison: Comparison, run: Run) -> bool:
@@ -256,9 +236,9 @@ def finish_run(
         weights=comparison.weights,
         ends=ends,
     )
-    trainer, history = train_run(job, speed, device, tell)
+    trainer, history, found = train_run(job, speed, device, tell)
     rows = slices.iloc[job.held_out][["image", "label"]]
-    write_csv(folder / "predictions.csv", prediction_table(rows, predict_held_out(job, trainer), classes))
+    write_csv(folder / "predictions.csv", prediction_table(rows, found, classes))
     write_csv(folder / "history.csv", pd.DataFrame(history))
     save_weights(folder / "last.pt", half_weights(trainer.network))
     save_weights(folder / "best.pt", trainer.best)

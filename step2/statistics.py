@@ -16,14 +16,13 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from step2.best import best_of
-from step2.bootstrap import ALPHA, MIN_PATIENTS, sum_by_patient
+from step2.bootstrap import ALPHA, DRAWS, MIN_PATIENTS, sum_by_patient
 from step2.classes import classes_of
 from step2.estimates import Cells, Estimates, mean_estimates, paired_correctness
 from step2.power import detectable_difference
 from step2.variants import BASELINE, step_pairs
 
 EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to choose a method by
-DRAWS = 10_000  # bootstrap draws of the contrasts
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
     *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),
@@ -32,19 +31,24 @@ CONTRAST_COLUMNS = [
 ALONE = "for these trained networks alone"
 
 
+def declare(contrast: str, kind: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return a contrast, the mean difference of some pairs, a minus b, as dict(contrast, kind, a, b, pairs)."""
+    a, b = (" and ".join(names) for names in zip(*pairs, strict=True))
+    return {"contrast": contrast, "kind": kind, "a": a, "b": b, "pairs": pairs}
+
+
 def declared_contrasts(variants: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the contrasts that these variants allow, each as dict(contrast, kind, pairs of a and b).
+    """Return the contrasts that these variants allow, each as declare returns it.
 
     Primary: each variant against the baseline. Factorial: a step's effect, the mean over the pairs of
     variants that differ by this step alone, unless that is one of the primary contrasts again.
     """
     others = [v for v in variants if v != BASELINE] if BASELINE in variants else []
-    primary = [{"contrast": v, "kind": "primary", "pairs": ((v, BASELINE),)} for v in others]
-    return primary + [
-        {"contrast": f"effect of {step}", "kind": "factorial", "pairs": tuple(pairs)}
-        for step, pairs in step_pairs(variants).items()
-        if len(pairs) > 1 or pairs[0][1] != BASELINE
-    ]
+    found = [declare(v, "primary", [(v, BASELINE)]) for v in others]
+    for step, pairs in step_pairs(variants).items():
+        if len(pairs) > 1 or pairs[0][1] != BASELINE:
+            found.append(declare(f"effect of {step}", "factorial", pairs))
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def all_contrasts(
     if control is not None and len(control):
         variant = control["variant"].iloc[0]
         again = f"{variant}, other seed"
-        declared.append({"contrast": "A/A control", "kind": "control", "pairs": ((again, variant),)})
+        declared.append(declare("A/A control", "control", [(again, variant)]))
         rows = pd.concat([predictions, control.assign(variant=again)], ignore_index=True)
     return declared, rows
 
@@ -119,8 +123,7 @@ def contrast_row(declared: dict[str, Any], compared: Compared) -> dict[str, Any]
     repeat, image = (correct.index.get_level_values(level) for level in ("repeat", "image"))
     first = correct[repeat == repeat.min()]
     return {
-        **{"contrast": declared["contrast"], "kind": declared["kind"]},
-        **{side: " and ".join(pair[i] for pair in pairs) for i, side in enumerate("ab")},
+        **declared,
         **{"n_images": image.nunique(), "n_patients": compared.cells.patients},
         **row,
         "p_mcnemar": exact_mcnemar(*(first[v] for v in pairs[0])) if len(pairs) == 1 else np.nan,
@@ -280,9 +283,8 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
             "A single split, or folds of few patients, can't tell how far training again moves accuracy: "
             f"intervals are {ALONE}."
         )
-    size = (
-        f"an SD of {sd:.1f} points" if sd >= 0.05 else "less than can be seen beside the choice of patients"
-    )
+    unseen = "less than can be seen beside the choice of patients"
+    size = f"an SD of {sd:.1f} points" if sd >= 0.05 else unseen
     return (
         f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to {high:.1f}); "
         "intervals and p values allow for that too."

@@ -30,8 +30,7 @@ def draw_steps(path: str | Path) -> plt.Figure:
     figure, axes = panels(len(names) + 2, 4, (2.6, 2.8))
     titles = [title, *(f"+ {WORDS[name].format(*step1.BRAIN_WINDOW)}" for name in names)]
     for count, (axis, words) in enumerate(zip(axes, titles, strict=False)):
-        tile(axis, after(names[:count]).image, words)
-        axis.title.set_fontsize(9)
+        tile(axis, after(names[:count]).image, words, size=9)
     draw_hu(axes[-1], ct.scan)
     return figure
 

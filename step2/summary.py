@@ -5,19 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from step2.bootstrap import POWER, patient_ids
-from step2.classes import CLASSES, HEALTHY, classes_of
-from step2.metrics import class_warnings, guesses, metric_of, with_interval
+from step2.bootstrap import DRAWS, POWER, patient_ids
+from step2.classes import CLASSES, HEALTHY, classes_of, guesses
+from step2.metrics import class_warnings, metric_of, with_interval
 from step2.report import OPTIMISTIC
-from step2.statistics import (
-    DRAWS,
-    EQUIVALENCE,
-    best_in_words,
-    in_band,
-    in_points,
-    is_significant,
-    training_in_words,
-)
+from step2.statistics import EQUIVALENCE, best_in_words, in_band, in_points, is_significant, training_in_words
 from step2.variants import BASELINE
 
 MINUS = "\N{MINUS SIGN}"
@@ -31,9 +23,9 @@ def summarize(
     caption: str,
     patient_level: bool,
     *,
-    endpoints: pd.DataFrame | None = None,
-    testing: pd.DataFrame | None = None,
-    convergence: list[str] | None = None,
+    endpoints: pd.DataFrame,
+    testing: pd.DataFrame,
+    convergence: Sequence[str] = (),
     margin: float = EQUIVALENCE,
     part: str = "",
 ) -> str:
@@ -42,19 +34,18 @@ def summarize(
     part: which part of the declared comparison this is, such as '3 of 5 folds'.
     """
     level = f" ({part})" * bool(part) + ("" if patient_level else OPTIMISTIC)
-    classes, warned = classes_of(predictions), class_warnings(predictions, patient_level)
-    any_in_words = endpoints_in_words(metrics, endpoints, classes)
+    classes = classes_of(predictions)
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
         [f"**Which is best?** {best_in_words(best)}"],
-        data_lines(predictions, caption, patient_level, warned, part),
-        ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence or [])],
+        data_lines(predictions, caption, patient_level, part),
+        ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence)],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
-        [*contrast_lines(contrasts, margin), "", f"Differences in accuracy{level}. {caption}."]
+        [*contrast_lines(contrasts), "", f"Differences in accuracy{level}. {caption}."]
         if len(contrasts)
         else [],
-        [f"**Any hemorrhage (secondary).** {any_in_words}"],
-        [f"**TestingData.** {testing_in_words(testing)}"] if testing is not None and len(testing) else [],
+        [f"**Any hemorrhage (secondary).** {endpoints_in_words(metrics, endpoints, classes)}"],
+        [f"**TestingData.** {testing_in_words(testing)}"] if len(testing) else [],
         limit_lines(patient_level, margin, HEALTHY in classes),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -89,9 +80,7 @@ def detectable_text(primary: pd.DataFrame) -> str:
     )
 
 
-def data_lines(
-    predictions: pd.DataFrame, caption: str, patient_level: bool, warned: list[str], part: str = ""
-) -> list[str]:
+def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, part: str) -> list[str]:
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
     classes = classes_of(predictions)
@@ -104,6 +93,7 @@ def data_lines(
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
         unit, people = "No patient ids: all intervals are **slice-level, optimistic**.", ""
+    warned = class_warnings(predictions, patient_level)
     return [
         f"**Data and settings.** {caption}. Tested: {predictions['image'].nunique()} slices{people}; "
         f"{guessing}; {design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all "
@@ -112,28 +102,26 @@ def data_lines(
     ]
 
 
-def accuracy_lines(
-    metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFrame | None = None
-) -> list[str]:
+def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFrame) -> list[str]:
     """Return a Markdown table of the main metrics, list of str; % but for the AUC."""
     may = set(best.loc[best["in_best_set"], "variant"]) if len(best) > 1 else set()
-    tested = testing.set_index("variant") if testing is not None and len(testing) else None
+    tested = testing.set_index("variant") if len(testing) else testing
     with_auc = "any_auc" in set(metrics["metric"])
     heads = ["variant", "accuracy, % (95 % CI)", "may be best"]
     heads += ["AUC, any hemorrhage (95 % CI)"] if with_auc else []
-    heads += ["TestingData, % (95 % CI)"] if tested is not None else []
+    heads += ["TestingData, % (95 % CI)"] if len(testing) else []
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in metrics["variant"].unique():
         cells = [name, with_interval(*metric_of(metrics, name, "accuracy")), "yes" if name in may else ""]
         if with_auc:
             cells.append(with_interval(*metric_of(metrics, name, "any_auc"), scale=1, digits=2))
-        if tested is not None:
+        if len(testing):
             cells.append(with_interval(*tested.loc[name, ["accuracy", "ci_low", "ci_high"]]))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def contrast_lines(table: pd.DataFrame, margin: float = EQUIVALENCE) -> list[str]:
+def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
     lines = ["| comparison | points | 95 % interval | Holm p | seed noise, SD | verdict |", "|---" * 6 + "|"]
     for row in table.to_dict("records"):
@@ -159,15 +147,13 @@ def p_text(p: float) -> str:
     return "\N{EN DASH}" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def endpoints_in_words(
-    metrics: pd.DataFrame, endpoints: pd.DataFrame | None, classes: tuple[str, ...]
-) -> str:
+def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: tuple[str, ...]) -> str:
     """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
     if HEALTHY not in classes:
         return f"Left out: no class is called {HEALTHY}."
     others = [name for name in classes if name not in CLASSES]
     said = [f"It means every class but {HEALTHY}, so {', '.join(others)} too."] if others else []
-    if endpoints is None or endpoints.empty:
+    if endpoints.empty:
         return " ".join([*said, "Too few healthy or bleeding patients, or no comparison."])
     primary = endpoints[endpoints["kind"] == "primary"]
     if primary.empty:
@@ -203,7 +189,7 @@ def testing_in_words(testing: pd.DataFrame) -> str:
     return f"{lead}: {best}{few}."
 
 
-def limit_lines(patient_level: bool, margin: float = EQUIVALENCE, with_any: bool = True) -> list[str]:
+def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]:
     """Return limits and method, list of str. with_any: there are results about any hemorrhage."""
     secondary = "Effects of steps and any hemorrhage" if with_any else "Effects of steps"
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "

@@ -19,15 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from step2.files import read_sealed, write_content, write_sealed
-from step2.network import (
-    InitialWeights,
-    batch_norm_momentum,
-    build_network,
-    learning_rate,
-    load_initial,
-    normalise,
-)
-from step2.pictures import Pictures, fits_in_memory, in_order, load, shuffled, steps_per_epoch
+from step2.network import InitialWeights, batch_norm_momentum, build_network, learning_rate, load_initial
+from step2.pictures import Batch, Pictures, fits_in_memory, in_order, load, normalise, shuffled
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
@@ -148,7 +141,7 @@ def release_memory(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def predict(trainer: Trainer, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+def predict(trainer: Trainer, batches: Iterable[Batch]) -> np.ndarray:
     """Return probabilities, float64 (n, classes), in the order of the batches that `load` yields."""
     trainer.network.eval()
     found = []
@@ -166,12 +159,7 @@ def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def train_epoch(
-    trainer: Trainer,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    steps: int,
-    truth: torch.Tensor,
-    epoch: int,
-    tell: Tell,
+    trainer: Trainer, batches: Iterable[Batch], steps: int, truth: torch.Tensor, epoch: int, tell: Tell
 ) -> dict[str, Any]:
     """Train one epoch on batches that `load` yields and return its row of history.
 
@@ -212,8 +200,11 @@ class RunInput:
     ends: float = math.inf
 
 
-def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> tuple[Trainer, list[dict]]:
-    """Train to the last epoch, from the checkpoint if there is one; return the trainer and its history.
+def train_run(
+    run: RunInput, speed: Speed, device: torch.device, tell: Tell
+) -> tuple[Trainer, list[dict], np.ndarray]:
+    """Train to the last epoch, from the checkpoint if there is one; return the trainer, its history and its
+    probabilities for the slices of its fold, float64 (n held out, classes).
 
     Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
     are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
@@ -224,7 +215,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
     torch.manual_seed(run.seed)
     cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
-    steps, held_out = steps_per_epoch(len(run.train), size), in_order(run.held_out, size)
+    steps, held_out = len(shuffled(run.train, size, run.seed, epoch=0)), in_order(run.held_out, size)
     momentum = batch_norm_momentum(steps * settings.epochs)
     trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
@@ -245,7 +236,7 @@ def train_run(run: RunInput, speed: Speed, device: torch.device, tell: Tell) -> 
                     trainer.best = half_weights(trainer.network)
             history.append(row)
             write(*snapshot(trainer, history))
-    return trainer, history
+    return trainer, history, predict(trainer, load(pictures, held_out, threads))
 
 
 @contextmanager
@@ -295,12 +286,6 @@ def is_judged(epoch: int, epochs: int) -> bool:
     """Tell whether the held-out slices are predicted after an epoch, 0 to epochs - 1: for the curves, so a
     tenth of the time of short epochs need not go there. The last one always is."""
     return (epochs - 1 - epoch) % max(1, epochs // CURVE_POINTS) == 0
-
-
-def predict_held_out(run: RunInput, trainer: Trainer) -> np.ndarray:
-    """Return a trained run's probabilities for the slices of its fold, float64 (n held out, classes)."""
-    pictures = Pictures(run.pictures, run.images, run.settings)
-    return predict(trainer, load(pictures, in_order(run.held_out, run.settings.batch_size)))
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:

@@ -10,10 +10,10 @@ from sklearn.metrics import roc_auc_score
 from step2_helpers import CLASSES, VARIANTS, make_comparison_for, random_table, some_slices, write_pictures
 
 from step2 import engine, explain, figures, runs, summary
-from step2.classes import classes_of, order_classes, short_names
+from step2.classes import classes_of, guesses, order_classes, short_names
 from step2.endpoints import endpoint_table
 from step2.folds import fold_table, make_folds
-from step2.metrics import guesses, metric_table, patient_counts, patients_behind
+from step2.metrics import metric_table, patient_counts
 from step2.report import describe_runs
 from step2.slices import count_classes, read_slices
 from step2.statistics import best_set, compare, contrast_table, score_testing
@@ -190,8 +190,8 @@ def test_of_two_classes_any_hemorrhage_is_the_other_one():
 
 def test_words_of_this_program_may_be_classes():
     counts = patient_counts(table_of(EIGHT))
-    assert patients_behind("sensitivity_all", counts) < patients_behind("accuracy", counts)
-    assert patients_behind("sensitivity_bleeding", counts) < patients_behind("any_sensitivity", counts)
+    assert counts.behind("sensitivity_all") < counts.behind("accuracy")
+    assert counts.behind("sensitivity_bleeding") < counts.behind("any_sensitivity")
 
 
 @pytest.mark.parametrize("classes", CASES, ids=IDS)
@@ -200,7 +200,7 @@ def test_figures_and_summary_follow_the_classes(classes):
     metrics, compared = metric_table(table, n_draws=20), compare(table, n_draws=100)
     drawn = [
         figures.draw_accuracy(table, metrics),
-        figures.draw_sensitivities(table, metrics),
+        figures.draw_sensitivities(table, metrics, True),
         figures.draw_confusions(table, VARIANTS),
     ]
     (chance,) = (line for line in drawn[0].axes[0].lines if line.get_label() == "chance")
@@ -212,9 +212,8 @@ def test_figures_and_summary_follow_the_classes(classes):
         figure.canvas.draw()
         plt.close(figure)
     endpoints = endpoint_table(table, n_draws=20)
-    text = summary.summarize(
-        *(table, contrast_table(compared), metrics, best_set(compared), "caption", True), endpoints=endpoints
-    )
+    given = (table, contrast_table(compared), metrics, best_set(compared), "caption", True)
+    text = summary.summarize(*given, endpoints=endpoints, testing=pd.DataFrame())
     assert f"{len(classes)} classes ({', '.join(classes)})" in text and "nan" not in text
     assert ("AUC" in text) == ("healthy" in classes)
     assert ("Left out: no class is called healthy." in text) == ("healthy" not in classes)

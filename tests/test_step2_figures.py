@@ -32,7 +32,7 @@ def tables(request):
         lambda table, metrics, compared: figures.draw_forest(contrast_table(compared)),
         lambda table, metrics, compared: figures.draw_pairs(pair_table(compared)),
         lambda table, metrics, compared: figures.draw_accuracy(table, metrics, ["1_ROI"]),
-        lambda table, metrics, compared: figures.draw_sensitivities(table, metrics),
+        lambda table, metrics, compared: figures.draw_sensitivities(table, metrics, True),
         lambda table, metrics, compared: figures.draw_confusions(table, TWO),
         lambda table, metrics, compared: figures.draw_any_hemorrhage(table, metrics, TWO),
         lambda table, metrics, compared: figures.draw_reliability(table, metrics, TWO),

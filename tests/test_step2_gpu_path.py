@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from step2 import check_gpu, training
 from step2.check_gpu import PLAIN, small, some_batch
-from step2.network import build_network, normalise
+from step2.network import build_network
+from step2.pictures import normalise
 from step2.settings import read_settings
 from step2.speed import usual_speed, why_not_compile
 from step2.training import Trainer, train_epoch, train_step

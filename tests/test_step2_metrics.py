@@ -42,10 +42,10 @@ def test_auc_takes_weights_and_ties_like_scikit_learn():
 
 def test_auc_compares_within_folds_only():
     """Two folds with perfect ranking each, on scales so different that pooling would spoil it."""
-    rows = pd.DataFrame({"repeat": 0, "fold": [0, 0, 1, 1]})
-    scores, positive = np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, True, False, True])
-    assert auc_draws(rows, np.arange(4), scores, positive, np.ones((1, 4))) == 1.0
-    assert roc_auc_score(positive, scores) == 0.75
+    rows = pd.DataFrame({"repeat": 0, "fold": [0, 0, 1, 1], "p_b": [0.1, 0.2, 0.8, 0.9]})
+    rows["label"] = ["a", "b", "a", "b"]
+    assert auc_draws(rows, np.arange(4), "b", np.ones((1, 4))) == 1.0
+    assert roc_auc_score(rows["label"] == "b", rows["p_b"]) == 0.75
 
 
 def test_confusion_metrics_by_hand():

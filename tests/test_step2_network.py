@@ -16,9 +16,9 @@ from step2.network import (
     learning_rate,
     load_initial,
     load_tensors,
-    normalise,
     settle_weights,
 )
+from step2.pictures import normalise
 from step2.settings import read_settings
 
 # ---------------------------------------- learning rate

@@ -1,13 +1,12 @@
 """What a planned comparison would find: against simulated comparisons, whose truth is known."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from simulate_intervals import simulate
 
 from step2.bootstrap import sum_by_patient
 from step2.estimates import find_cells, mean_estimates
-from step2.power import detectable_points, detectable_table
+from step2.power import detectable_points
 
 NAMES = [f"v{i}" for i in range(7)]
 
@@ -55,13 +54,3 @@ def test_plans_that_tell_nothing():
     assert np.isnan(detectable_points(100, variants=1))
     alone = [detectable_points(100, folds=1, training_sd=sd) for sd in (0.0, 5.0)]
     assert alone[0] == alone[1] < detectable_points(100, folds=2, training_sd=5.0)
-
-
-def test_table_holds_every_combination():
-    table = detectable_table([50, 500], folds=[3, 5], training_sd=[0.0, 1.0], slices=2)
-    assert len(table) == 8 and list(table.columns)[-1] == "detectable"
-    by_patients = table.groupby("patients")["detectable"]
-    assert by_patients.max()[500] < by_patients.min()[50]
-    row = table.iloc[-1]
-    assert row["detectable"] == detectable_points(500, 2, folds=5, training_sd=1.0)
-    assert isinstance(table, pd.DataFrame)

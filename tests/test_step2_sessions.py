@@ -208,9 +208,8 @@ def test_caption_and_summary_say_which_part_it_is(last_two):
         [(name, m, 0.5, 0.4, 0.6) for name in VARIANTS for m in ("accuracy", "any_auc")],
         columns=["variant", "metric", "value", "ci_low", "ci_high"],
     )
-    text = summarize(
-        *(tested, contrast_table(compared), metrics, best_set(compared), caption, True), part="2 of 3 folds"
-    )
+    given = (tested, contrast_table(compared), metrics, best_set(compared), caption, True)
+    text = summarize(*given, endpoints=pd.DataFrame(), testing=pd.DataFrame(), part="2 of 3 folds")
     assert text.startswith("# Does preprocessing matter? (2 of 3 folds)\n")
     assert "; 2 of 3 folds of the cross-validation (an interim look: " in text
 
