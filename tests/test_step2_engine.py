@@ -270,6 +270,15 @@ def test_each_worker_has_one_of_the_gpus_that_this_process_may_use(monkeypatch, 
     assert asked == own
 
 
+def test_scheduler_that_goes_while_its_first_worker_is_awaited_is_explained():
+    class Lost:
+        def wait_for_workers(self, count, timeout):
+            raise OSError("Timed out trying to connect")
+
+    with pytest.raises(RuntimeError, match=r"the Dask scheduler is gone, or has had no worker for \d+ s"):
+        engine.wait_for_workers(Lost())
+
+
 def test_address_that_needs_certificates_is_an_error():
     with pytest.raises(RuntimeError, match="no Dask scheduler at tls://"), engine.clients_of("tls://a:1"):
         pass
