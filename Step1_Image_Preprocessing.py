@@ -135,6 +135,14 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
 ENHANCED_CT = (uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
+OTHER_UNITS = {
+    "OD",
+    "MGML",
+    "Z_EFF",
+    "ED",
+    "EDW",
+    "PCT",
+}  # of RescaleType (PS3.3 C.11.1.1.2), as maps have them
 
 MANIFEST_COLUMNS = (
     *("image", "split", "label", "patient", "source", "status", "reason", "rows", "columns"),
@@ -262,6 +270,8 @@ def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
             _, first, depth = ds.VOILUTSequence[0].LUTDescriptor
             if first > 32767:  # no HU is that high: a negative one, written without its sign
                 ds.VOILUTSequence[0].LUTDescriptor[1] = first - 65536
+            if depth == 8:  # pydicom would count the entries in as many bits, and start again after 255
+                ds.VOILUTSequence[0].LUTDescriptor[2] = 16
             shown = apply_voi(np.rint(hu).astype(np.int32), ds) * (255 / (2**depth - 1))
         grey = np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
     else:
@@ -609,7 +619,11 @@ def check_is_ct_slice(ds: Dataset) -> None:
     grey = grey and not first_number(ds, "SamplesPerPixel") > 1
     known_sign = first_number(ds, "PixelRepresentation") in (0, 1)
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
-    size, no_hu = f"{rows:.0f} x {columns:.0f}", "HU unknown, export the original series"
+    unit, size, no_hu = (
+        texts(ds, "RescaleType")[0],
+        f"{rows:.0f} x {columns:.0f}",
+        "HU unknown, export the original series",
+    )
     fits = {
         "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
         "float pixels (7FE0,0008/0009): no CT slice": not ds.dir("FloatPixelData"),  # nor DoubleFloat
@@ -626,6 +640,7 @@ def check_is_ct_slice(ds: Dataset) -> None:
         "HighBit (0028,0102) is not BitsStored (0028,0101) - 1: export it again": high == stored - 1,
         f"RescaleIntercept (0028,1052) is absent or no number: {no_hu}": math.isfinite(intercept),
         f"RescaleSlope (0028,1053) is absent, 0 or no number: {no_hu}": math.isfinite(slope) and slope != 0,
+        f"RescaleType (0028,1054) is {unit}, a map: remove the file": unit not in OTHER_UNITS,
     }
     for fault, fine in fits.items():
         if not fine:
@@ -935,8 +950,12 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
         )
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
+    if not count_files(ledger, "folded IS NOT NULL"):
+        raise UsageError("there is no file to convert: put slices there; what earlier runs made stays")
     ledger.execute("DELETE FROM files WHERE folded IS NULL")
-    stale = ledger.execute("SELECT image FROM earlier WHERE folded NOT IN (SELECT folded FROM files)")
+    stale = ledger.execute(
+        "SELECT image FROM earlier WHERE image NOT IN (SELECT image FROM files WHERE path != '')"
+    )
     return sum(remove_pictures(output, row["image"]) for row in stale)
 
 
@@ -958,7 +977,7 @@ def fingerprint(path: Path, identity: str) -> str:
     except OSError:  # the worker will say what is wrong with it
         return ""
     text = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {identity}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return identity[:8] + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def due_tasks(ledger: sqlite3.Connection, args: argparse.Namespace, identity: str) -> Iterator[Task]:
@@ -1156,7 +1175,11 @@ def run_identity(settings: Settings) -> str:
 
 def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> int:
     """Convert every file that has something to do, record what became of it; return how many were written."""
-    tasks, written, committed = due_tasks(ledger, args, run_identity(settings)), 0, time.monotonic()
+    identity = run_identity(settings)  # another one's rows are void, now, as a stopped run changes pictures
+    other = "status = 'ok' AND fingerprint NOT LIKE ?"
+    ledger.execute(f"UPDATE files SET status = '', fingerprint = '' WHERE {other}", (f"{identity[:8]}%",))
+    ledger.commit()
+    tasks, written, committed = due_tasks(ledger, args, identity), 0, time.monotonic()
     first = list(islice(tasks, args.jobs))
     if not first:
         return 0
@@ -1369,15 +1392,22 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
         return {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except (UnicodeError, csv.Error) as err:
         raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
+    if not {"image", "label"} <= set(reader.fieldnames or ()):
+        raise UsageError(f"{path} has to begin with the line image,label and not with {reader.fieldnames}")
     pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
     wrong = sorted({label for _, label in pairs if folded(label) not in classes})
     if wrong or not all(image for image, _ in pairs):
         known = ", ".join(class_order(classes.values()))
         raise UsageError(f"{path} needs the columns image,label and labels of {known}; found {wrong}")
-    return {without_dcm(image): classes[folded(label)] for image, label in pairs}
+    labels = {without_dcm(image): classes[folded(label)] for image, label in pairs}
+    twice = [image for image, label in pairs if labels[without_dcm(image)] != classes[folded(label)]]
+    if twice:
+        raise UsageError(f"{path} gives {min(twice)!r} two labels: keep one row of it")
+    return labels
 
 
 def write_test_labels(inputs: Iterable[Input], output: Path) -> None:
@@ -1463,14 +1493,18 @@ def choose_slices(candidates, per_class: int, test_per_class: int, seed: int):
     """
     rows = candidates.sample(frac=1, random_state=seed)
     test_patients: set[str] = set()
+    rarer: set[str] = set()  # patients of the classes before: who of them trains, goes on training
     share = test_per_class / max(per_class + test_per_class, 1)
     counts = rows.groupby("label")["patient"].nunique().sort_values(kind="stable")
     for label in counts.index if test_per_class else ():
         sizes = rows[rows["label"] == label].groupby("patient", sort=False).size()
-        sizes = sizes[sorted(sizes.index, key=lambda patient: patient not in test_patients)]
+        most = len(sizes) // 2
+        free = sizes.index[~sizes.index.isin(rarer - test_patients)]
+        rarer.update(sizes.index)
+        sizes = sizes[sorted(free, key=lambda patient: patient not in test_patients)]
         enough = 1 + (sizes.cumsum() < test_per_class).sum()  # so many patients have that many slices
         wanted = max(enough, min(test_per_class, math.ceil(share * len(sizes))))
-        test_patients.update(sizes.index[: min(wanted, len(sizes) // 2)])
+        test_patients.update(sizes.index[: min(wanted, most)])
     rows = rows.assign(split=np.where(rows["patient"].isin(test_patients), "test", "train"))
     turn = rows.groupby(["label", "patient"]).cumcount().sort_values(kind="stable")
     rows = rows.loc[turn.index]
@@ -1547,9 +1581,9 @@ def variant_names(text: str) -> list[str]:
 
 
 def whole_number(text: str, smallest: int = 1) -> int:
-    """Parse a whole number, the smallest or more."""
-    if not text.isdecimal() or int(text) < smallest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} or more")
+    """Parse a whole number, the smallest or more, of 32 bits, as NumPy's seeds are."""
+    if not text.isdecimal() or not smallest <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} to {2**32 - 1}")
     return int(text)
 
 
@@ -1570,7 +1604,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
     add("--variants", choice, [list(VARIANTS)], f"the first {len(VARIANTS)}", type=variant_names, nargs="+")
     add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
-    window = "window of ROI and window: brain (centre 40, width 80 HU), header (the file's own), or C,W in HU"
+    window = (
+        "window of ROI and window: brain (40,80 HU), header (the file's own), or C,W in HU; =C,W if C < 0"
+    )
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
     add("--rsna", "Kaggle's unpacked RSNA-2019 download as the input", None, "off", type=Path, metavar="DIR")
@@ -1610,5 +1646,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # classes of any letters
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # classes of any letters
     sys.exit(main())

@@ -287,6 +287,7 @@ def deflate_bomb(path):
 REFUSED = {
     "slope missing": (changed(RescaleSlope=None), "RescaleSlope"),
     "slope 0": (changed(RescaleSlope=0), "RescaleSlope"),
+    "map of atomic numbers": (changed(RescaleType="Z_EFF"), "RescaleType (0028,1054) is Z_EFF, a map"),
     "slope not finite": (changed(RescaleSlope="nan"), "RescaleSlope"),
     "intercept missing": (changed(RescaleIntercept=None), "RescaleIntercept"),
     "intercept not finite": (changed(RescaleIntercept="inf"), "RescaleIntercept"),

@@ -660,3 +660,13 @@ def test_steps_that_make_no_sense_are_refused_with_the_remedy(monkeypatch, steps
     monkeypatch.setitem(step1.KNOWN_VARIANTS, "8_Mine", steps)
     with pytest.raises(step1.UsageError, match=sentence):
         step1.check_variants()
+
+
+@pytest.mark.parametrize("entries", [256, 4096])
+def test_voi_lut_of_8_bits_goes_beyond_255_steps(entries):
+    item = Dataset()
+    item.add_new(0x00283002, "SS", [entries, -100, 8])
+    item.add_new(0x00283006, "US", [min(i, 200) for i in range(entries)])
+    hu = np.array([[-1000, -100, 0, 155, 156, 900, 3000]], np.float32)
+    grey, _ = step1.dicom2png(hu, make_ct(hu.astype(np.int16), VOILUTSequence=Sequence([item])))
+    assert grey.tolist() == [[0, 0, 100, 200, 200, 200, 200]]

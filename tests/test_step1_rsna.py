@@ -349,3 +349,16 @@ def test_real_download_sample(real_ct, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "left out: 6 slices with several subtypes" in text
     assert next(line for line in text.splitlines() if line.startswith("epidural")).endswith("missing")
+
+
+def test_no_class_loses_more_than_half_of_its_patients_to_the_test_side():
+    """Each patient has healthy slices and two subtypes; the rarest class has four patients."""
+    pairs = [("epidural", c) for c in step1.CLASSES[1:5]] + [
+        (a, b) for a in step1.CLASSES[1:5] for b in step1.CLASSES[1:5] if a < b
+    ] * 2
+    rows = [(f"{i}{label}", label, f"p{i}") for i, pair in enumerate(pairs) for label in ("healthy", *pair)]
+    candidates = pd.DataFrame(rows, columns=["slice", "label", "patient"])
+    for seed in range(10):
+        chosen = step1.choose_slices(candidates, per_class=1000, test_per_class=100, seed=seed)
+        trained = chosen[chosen["split"] == "train"].groupby("label")["patient"].nunique()
+        assert trained.get("epidural", 0) == 2 and len(trained) == 6, (seed, dict(trained))

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import io
 import os
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -14,7 +16,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from conftest import make_ct, plain_head, save_ct
+from conftest import ROOT, make_ct, plain_head, save_ct
 
 import Step1_Image_Preprocessing as step1
 
@@ -802,3 +804,75 @@ def test_script_runs_from_another_folder(raw, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "found 4 = written 4 + up to date 0 + failed 0" in done.stdout
+
+
+def test_a_stopped_run_with_another_window_leaves_nothing_that_passes_for_done(raw, monkeypatch):
+    assert run(raw, "--variants", "1") == 0
+    before = pngs(raw)
+
+    def stopped(tasks, settings, jobs):
+        for task in tasks:
+            step1.process(task, settings)  # its pictures are there, its result was not seen
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step1, "in_processes", stopped)
+        assert run(raw, "--variants", "1", "--roi-window", "80,200") == 130
+    assert pngs(raw) != before
+    assert {row["status"] for row in manifest(raw).values()} == {""}  # step 2 refuses that
+    assert run(raw, "--variants", "1") == 0
+    assert pngs(raw) == before
+
+
+def test_testing_slice_with_two_labels_is_a_usage_error(raw, capsys):
+    (raw / "TestingData_labels.csv").write_text(
+        "image,label\nt,healthy\nt.dcm,epidural\nt,healthy\n", encoding="utf-8"
+    )
+    assert run(raw) == 2
+    assert "two labels" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they are one file")
+def test_file_renamed_by_case_alone_leaves_no_old_picture(raw):
+    run(raw)
+    (raw / "TrainingData" / "healthy" / "a.dcm").rename(raw / "TrainingData" / "healthy" / "A.dcm")
+    run(raw)
+    assert len(pngs(raw)) == 4 * 7
+
+
+def test_file_replaced_by_a_link_out_loses_its_old_pictures(raw, tmp_path):
+    run(raw)
+    path = raw / "TrainingData" / "healthy" / "a.dcm"
+    path.rename(tmp_path / "a.dcm")
+    path.symlink_to(tmp_path / "a.dcm")
+    assert run(raw) == 1
+    assert len(pngs(raw)) == 3 * 7
+
+
+def test_input_without_any_file_is_a_usage_error_and_takes_no_picture(raw, capsys):
+    run(raw)
+    for path in list(raw.rglob("*.dcm")):
+        path.unlink()
+    assert run(raw) == 2
+    assert "no file to convert" in capsys.readouterr().err
+    assert len(pngs(raw)) == 4 * 7
+
+
+def test_seed_that_numpy_does_not_take_is_a_usage_error(raw):
+    with pytest.raises(SystemExit, match="2"):
+        run(raw, "--seed", str(2**32))
+
+
+@pytest.mark.parametrize("first", ["t,healthy", "image;label"])
+def test_testing_labels_without_their_first_line_are_a_usage_error(raw, capsys, first):
+    (raw / "TestingData_labels.csv").write_text(f"{first}\n", encoding="utf-8")
+    assert run(raw) == 2
+    assert "has to begin with the line image,label" in capsys.readouterr().err
+
+
+def test_script_runs_where_output_is_no_terminals(monkeypatch):
+    """As in a notebook, by %run."""
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.argv", ["Step1_Image_Preprocessing.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "Step1_Image_Preprocessing.py"), run_name="__main__")
