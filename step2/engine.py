@@ -287,8 +287,12 @@ class Progress:
             self.bar.refresh()
             return
         total, here = self.epochs * self.runs, epochs - self.done_before
-        left = (total - epochs) * (now - self.began) / max(here, 1e-9) / 60
-        print(f"{epochs:.0f} of {total} epochs, about {left:.1f} minutes left", flush=True)
+        left = (
+            f", about {(total - epochs) * (now - self.began) / here / 60:.1f} minutes left"
+            if here > 0
+            else ""
+        )
+        print(f"{epochs:.0f} of {total} epochs{left}", flush=True)
 
     def close(self) -> None:
         """Leave the bar as it ended."""

@@ -151,8 +151,10 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
     covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
     freedom = degrees_of_freedom(patients, k, repeats * folds)
-    spread = float(interaction(cells)) / freedom[1] if freedom[1] else np.nan
-    sampling = explained_by_patients(cells, drawn, patients) / freedom[1] if freedom[1] else np.nan
+    spread = sampling = np.nan  # of few patients nothing is told, as no interval is given
+    if freedom[1] and patients >= MIN_PATIENTS:
+        spread = float(interaction(cells)) / freedom[1]
+        sampling = explained_by_patients(cells, drawn, patients) / freedom[1]
     weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
     return Estimates(tuple(names), values, covariance, spread, sampling, share, freedom)

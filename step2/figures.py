@@ -13,7 +13,15 @@ from matplotlib.font_manager import get_font_names
 
 from step2.bootstrap import MIN_PATIENTS
 from step2.classes import classes_of, guesses, order_classes, short_names, wrapped
-from step2.metrics import confusion_counts, mean_curve, metric_of, patient_counts, reliability, with_interval
+from step2.metrics import (
+    confusion_counts,
+    count_text,
+    mean_curve,
+    metric_of,
+    patient_counts,
+    reliability,
+    with_interval,
+)
 from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
 from step2.statistics import EQUIVALENCE, in_points
@@ -138,7 +146,8 @@ def draw_learning(
         accuracy.axhline(1 / classes, color="#555555", ls=":", lw=1, label="guessing")
         accuracy.set(ylim=(0, 1.03), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
-    axes[0, 0].set(ylabel="log loss", ylim=(0, min(history["val_loss"].max() * 1.05, 4)))
+    highest = max(history["val_loss"].max(), math.log(classes))
+    axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.05, 4)))
     axes[1, 0].set(ylabel="accuracy")
     for axis in axes[:, -1]:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -229,7 +238,8 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
     for y, name in enumerate(names):
         value, low, high = metric_of(metrics, name, "accuracy")
         fold_means = right[right["variant"] == name].groupby(["repeat", "fold"])["right"].mean()
-        dots = y + 0.24 + 0.05 * fold_means.groupby(fold_means).cumcount().to_numpy()  # equal ones apart
+        equal = fold_means.groupby(fold_means).cumcount().to_numpy()  # they are drawn apart
+        dots = y + 0.24 + min(0.05, 0.25 / max(equal.max(), 1)) * equal
         axis.plot(100 * fold_means, dots, "o", color="#888888", ms=3.5, label="" if y else "one fold")
         axis.plot([100 * low, 100 * high], [y, y], color=colors[name], lw=2.5, solid_capstyle="butt")
         fill, mark = (colors[name], " \N{BLACK STAR}") if name in best else ("white", "")
@@ -285,7 +295,8 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
         apart = {"cmap": "RdBu", "vmin": -60, "vmax": 60}
         drawn.append((f"{shown[1]}\nminus {shown[0]}", counts[1] - counts[0], apart))
     short = short_names(classes_of(predictions))
-    side = max(3.6, 0.45 * len(short) + 0.9)  # inches
+    lines = 1 + max(name.count("\n") for name in short)
+    side = max(3.6, max(0.45, 0.17 * lines) * len(short) + 0.9 + 0.5 * (lines > 1))  # inches
     figure, axes = panels(len(drawn), 3, (side, side))
     for axis, (name, count, look) in zip(axes, drawn, strict=True):
         totals = counts[0].sum(axis=1, keepdims=True)
@@ -294,7 +305,7 @@ def draw_confusions(predictions: pd.DataFrame, shown: Sequence[str]) -> plt.Figu
         bright = axis.imshow(percent, **look).to_rgba(percent)[..., :3] @ LUMINANCE > 0.5
         for (y, x), value in np.ndenumerate(count):
             color = "black" if bright[y, x] else "white"
-            axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
+            axis.text(x, y, count_text(value), ha="center", va="center", fontsize=8, color=color)
         axis.set_title(name, size=9)
         axis.set_xticks(range(len(short)), short, rotation=90 if "\n" in "".join(short) else 45, size=8)
         axis.set_yticks(range(len(short)), short, size=8)

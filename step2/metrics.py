@@ -274,6 +274,11 @@ def confusion_counts(rows: pd.DataFrame) -> np.ndarray:
     return patient_tables(rows, np.zeros(len(rows), int))["confusion"][0]
 
 
+def count_text(count: float) -> str:
+    """Return '12.3', '1234': slices, a mean over repeats, never as 1.23e+03."""
+    return f"{count:.3g}" if abs(count) < 999.5 else f"{count:.0f}"
+
+
 def mean_curve(rows: pd.DataFrame) -> pd.Series:
     """Return the ROC curve of any hemorrhage, Series of sensitivities by GRID: the mean over folds, weighted by
     pairs."""

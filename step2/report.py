@@ -112,8 +112,13 @@ class Report:
         width, height = figure.get_size_inches()
         small = textwrap.fill(self.caption, max(int(width * 15), 40))
         above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
-        figure.text(0.5, above, title + self.level, ha="center", va="bottom", weight="bold", size=12)
-        figure.text(0.5, 1 + 0.08 / height, small, ha="center", va="bottom", size=8, color="#444444")
+        named: dict[str, Any] = {
+            "ha": "center",
+            "va": "bottom",
+            "parse_math": False,
+        }  # a file's name may have two $
+        figure.text(0.5, above, title + self.level, weight="bold", size=12, **named)
+        figure.text(0.5, 1 + 0.08 / height, small, size=8, color="#444444", **named)
         drawn = {ending: io.BytesIO() for ending in ("png", "svg")}
         for ending, buffer in drawn.items():
             figure.savefig(buffer, format=ending, dpi=150, bbox_inches="tight")

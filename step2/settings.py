@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dask.system import CPU_COUNT
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from step2.variants import require
 
+
+def as_tuple(value: Any) -> Any:
+    """Return rates as a tuple: papermill gives a number, a list, or text such as "6e-5,3e-5"."""
+    value = value.split(",") if isinstance(value, str) else value
+    parts = value if isinstance(value, list | tuple) else [value]
+    return tuple(float(part) if isinstance(part, str) else part for part in parts)
+
+
 FolderPath = Annotated[Path, Strict(False)]  # text will do
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple)]
 ModelName = Literal[
     "efficientnet-b0",
     "efficientnet-b1",
@@ -64,7 +73,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="any will do")
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     schedule: Literal["steps", "one cycle"]
-    rates: tuple[float, ...] = Field(min_length=1, description="of equal parts, or the cycle's peak")
+    rates: Rates = Field(min_length=1, description="of equal parts, or the cycle's peak")
     weight_decay: float = Field(ge=0, description="of AdamW; 0 makes it Adam")
     label_smoothing: float = Field(ge=0, lt=1)
     rotation: float = Field(ge=0, le=180, description="augmentation: up to so many degrees either way")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from step2.bootstrap import DRAWS, POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of, guesses
-from step2.metrics import class_warnings, metric_of, with_interval
+from step2.metrics import class_warnings, count_text, metric_of, with_interval
 from step2.report import OPTIMISTIC
 from step2.statistics import EQUIVALENCE, best_in_words, in_band, in_points, is_significant, training_in_words
 from step2.variants import BASELINE
@@ -104,7 +104,7 @@ def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, par
 
 def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFrame) -> list[str]:
     """Return a Markdown table of the main metrics, list of str; % but for the AUC."""
-    may = set(best.loc[best["in_best_set"], "variant"]) if len(best) > 1 else set()
+    may = set(best.loc[best["in_best_set"] & best["ci_high"].notna(), "variant"])
     tested = testing.set_index("variant") if len(testing) else testing
     with_auc = "any_auc" in set(metrics["metric"])
     heads = ["variant", "accuracy, % (95 % CI)", "may be best"]
@@ -182,7 +182,7 @@ def testing_in_words(testing: pd.DataFrame) -> str:
     whose = f"{patients} patients that took part in nothing" if known else "patients that nothing names"
     top = testing[testing["accuracy"] == testing["accuracy"].max()]
     lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
-    best = f"{', '.join(top['variant'])} got most of them right ({100 * top['accuracy'].iloc[0]:.0f} %)"
+    best = f"{', '.join(top['variant'])} got the most right ({100 * top['accuracy'].iloc[0]:.0f} %)"
     over = "patients" if known else "slices, optimistic"
     alone = f"; intervals are over {over}, for these trained networks alone"
     few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
@@ -259,8 +259,8 @@ def say_confusions(counts: np.ndarray, classes: tuple[str, ...], variant: str) -
     true, called = np.unravel_index(wrong.argmax(), wrong.shape)
     if not wrong.any():
         return f"{variant} confuses nothing."
-    most = f"{classes[true]} called {classes[called]}, {wrong[true, called]:.3g} of {counts[true].sum():.3g} slices"
-    return f"{variant}'s most frequent confusion: {most}."
+    share = f"{count_text(wrong[true, called])} of {count_text(counts[true].sum())} slices"
+    return f"{variant}'s most frequent confusion: {classes[true]} called {classes[called]}, {share}."
 
 
 def say_reliability(predictions: pd.DataFrame, shown: Sequence[str]) -> str:

@@ -321,3 +321,12 @@ def test_second_notebook_is_told_of_the_first_until_that_is_gone(tmp_path):
 
 def test_same_notebook_may_start_again(tmp_path):
     assert lock_results(tmp_path) is lock_results(tmp_path)
+
+
+def test_no_time_is_said_before_anything_was_trained(data, tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
+    progress = engine.Progress(make_comparison_for(data, tmp_path), finished=0)
+    clock[0] += 61
+    progress.show()
+    assert capsys.readouterr().out == "0 of 8 epochs\n"

@@ -1,12 +1,14 @@
 """Figures draw for few and many variants, and titles say what made them."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
+from step2_helpers import ALL_VARIANTS, CLASSES, VARIANTS, prediction_table, random_table
 
-from step2 import figures
+from step2 import figures, summary
 from step2.metrics import metric_table
 from step2.network import InitialWeights
 from step2.report import Report, make_caption
@@ -171,3 +173,56 @@ def test_titles_say_what_made_them_and_where_patients_are_missing(tmp_path, pati
 def test_table_is_printed_under_its_caption_outside_of_a_notebook(tmp_path, capsys):
     Report(tmp_path, "quick profile", False, "identity").table(pd.DataFrame({"a": [1]}), "Folds")
     assert capsys.readouterr().out.startswith("Folds (slice-level, optimistic): quick profile\n")
+
+
+def test_slices_are_counted_in_digits():
+    counts = np.array([[920.0, 80], [57, 1943]])
+    assert summary.say_confusions(counts, ("healthy", "subdural"), "1_ROI").endswith("80 of 1000 slices.")
+    table = random_table(1500, 1, VARIANTS, classes=("healthy", "subdural"))
+    figure = figures.draw_confusions(table, VARIANTS)
+    assert not [t.get_text() for axis in figure.axes for t in axis.texts if "e+" in t.get_text()]
+    plt.close(figure)
+
+
+def test_dots_of_folds_stay_in_their_row():
+    table = random_table(30, 1, ALL_VARIANTS[:3], folds=5, repeats=8)
+    figure = figures.draw_accuracy(table, metric_table(table, n_draws=20))
+    dots = [line.get_ydata() for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert all(y.max() < row + 0.55 for row, y in enumerate(dots))
+    plt.close(figure)
+
+
+def test_learning_curves_show_the_line_of_guessing():
+    row = {
+        "variant": "1_ROI",
+        "repeat": 1,
+        "fold": 1,
+        "control": False,
+        "train_accuracy": 0.5,
+        "val_accuracy": 0.5,
+    }
+    history = pd.DataFrame([row | {"epoch": e, "train_loss": 1 / e, "val_loss": 0.8} for e in (1, 2, 3)])
+    figure = figures.draw_learning(history, ["1_ROI"], 6)
+    assert figure.axes[0].get_ylim()[1] > np.log(6)
+    plt.close(figure)
+
+
+def test_names_of_classes_in_a_confusion_matrix_do_not_overlap():
+    names = (
+        "healthy",
+        "chronic subdural hematoma",
+        "contusion of the frontal lobe",
+        "infarct with hemorrhagic transformation",
+    )
+    figure = figures.draw_confusions(
+        random_table(60, 2, VARIANTS, classes=(*names, "a", "b", "c", "d")), VARIANTS
+    )
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(a.y0 >= b.y1 for a, b in pairwise(boxes))
+    plt.close(figure)
+
+
+def test_title_with_two_dollars_is_no_formula(tmp_path):
+    Report(tmp_path, "of cost $5_$", True, "it").figure(plt.figure(), "scan$^$1.dcm", "steps")
+    assert (tmp_path / "steps.svg").is_file()

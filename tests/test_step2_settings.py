@@ -197,3 +197,14 @@ def test_number_that_two_folders_share_is_refused(crowded):
 
 def test_folder_beside_step_1s_table_comes_last(crowded):
     assert choose_variants("4_Other, 4_ROI+noblank", crowded) == ("4_ROI+noblank", "4_Other")
+
+
+@pytest.mark.parametrize("given", [0.01, "0.01", [0.01]])
+def test_rates_can_be_set_as_papermill_gives_them(given):
+    assert read_settings({"profile": "quick", "rates": given}).rates == (0.01,)
+
+
+@pytest.mark.parametrize("given", [(-1.0,), (0.0,)])
+def test_rates_are_positive(given):
+    with pytest.raises(ValueError, match="rates"):
+        read_settings({"profile": "quick", "rates": given})

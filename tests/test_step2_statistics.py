@@ -390,7 +390,7 @@ def test_testing_slices_are_scored_by_patients():
 
 
 def test_testing_in_words_names_no_patients_that_nothing_names():
-    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got most of them right (83 %); "
+    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got the most right (83 %); "
     lead += "intervals are over {}, for these trained networks alone."
     for known, whose, over in (
         (True, "12 patients that took part in nothing", "patients"),
@@ -501,3 +501,9 @@ def test_effects_alone_answer_no_declared_comparison():
     found = contrast_table(compare(random_table(20, 2, ALL_VARIANTS[1:3]), n_draws=60))
     assert list(found["kind"]) == ["factorial"]
     assert headline(found).startswith("Without 0_Dicom2PNG")
+
+
+def test_fewer_than_10_patients_tell_no_training_noise():
+    contrasts = contrast_table(compare(random_table(8, 4, ALL_VARIANTS[:3], folds=2), seed=2))
+    assert contrasts[["training_sd", "seed_noise"]].isna().all(axis=None)
+    assert "can't tell how far training again" in training_in_words(contrasts)

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
-from step2.metrics import worst_mistakes
-from step2.statistics import compare, contrast_table
+from step2 import summary
+from step2.metrics import metric_table, worst_mistakes
+from step2.statistics import best_set, compare, contrast_table
 from step2.summary import detectable_text, headline, say_costs, say_forest, say_mistakes, say_reliability
 
 
@@ -57,3 +58,10 @@ def test_forest_without_the_baseline_counts_no_comparison():
     table = random_table(60, 2, ("1_ROI", "4_ROI+noblank"), folds=3)
     said = say_forest(contrast_table(compare(table, n_draws=60)))
     assert said.startswith("No variant was compared with 0_Dicom2PNG. Training a network again")
+
+
+def test_no_variant_may_be_best_where_that_is_not_estimable():
+    table = random_table(8, 4, ALL_VARIANTS[:3], folds=2)
+    best = best_set(compare(table, n_draws=50))
+    lines = summary.accuracy_lines(metric_table(table, n_draws=20), best, pd.DataFrame())
+    assert "yes" not in "".join(lines)
