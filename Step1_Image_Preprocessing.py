@@ -198,7 +198,7 @@ def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
     """Return where the scanner wrote padding, bool (rows, columns) (DICOM PS3.3 C.7.5.1.1.2)."""
     lowest, count = np.iinfo(stored.dtype).min, 2.0 ** (8 * stored.dtype.itemsize)
     values, limit = (  # real files have them with the wrong sign, but the right bits
-        [(value - lowest) % count + lowest for value in numbers(ds, keyword)]
+        [(value - lowest) % count + lowest for value in numbers(ds, keyword) if -count / 2 <= value < count]
         for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     )
     if values and limit:

@@ -67,6 +67,13 @@ def test_padding_with_the_wrong_sign_is_padding_still(dtype, stored, written):
     assert hu_and_grey(ct)[0].tolist() == [[-1000, 0, 40]]
 
 
+def test_padding_that_8_bits_cannot_hold_is_none():
+    """It was left over from the 16 bits that the slice once had."""
+    ct = make_ct(np.array([[48, 0, 40]], np.uint8))
+    ct.add_new("PixelPaddingValue", "US", 63536)
+    assert hu_and_grey(ct)[0].tolist() == [[48, 0, 40]]
+
+
 def test_padding_range_becomes_air():
     ct = make_ct(np.array([[-2000, -1900, -1800, 5]], np.int16))
     ct.PixelPaddingValue, ct.PixelPaddingRangeLimit = -2000, -1900
