@@ -31,10 +31,9 @@ def cost_table(
 
 
 def raw_slices(raw_data: Path, training: pd.DataFrame) -> list[Path]:
-    """Return DICOM files of training slices, the first of each class, then the second, as far as they are there."""
+    """Return the DICOM files of training slices, the first of each class, then the second, ..."""
     turn = training.groupby("label").cumcount().sort_values(kind="stable")
-    paths = [raw_data / source for source in training.loc[turn.index[:TIMED_SLICES], "source"]]
-    return [path for path in paths if path.is_file()]
+    return [raw_data / source for source in training.loc[turn.index[:TIMED_SLICES], "source"]]
 
 
 def slice_milliseconds(path: Path, variants: Sequence[str]) -> dict[str, float]:
@@ -61,7 +60,7 @@ def preprocessing_times(paths: Sequence[Path], variants: Sequence[str]) -> pd.Se
         try:
             twice = [slice_milliseconds(path, known) for _ in range(2)]
         except step1.UnsuitableFile:
-            continue  # Step 1 has reported it
+            continue  # it is not there any more, or not below raw_data
         rows.append(pd.DataFrame(twice).min())  # the first time, memory is cold
     cv2.setNumThreads(threads)
     if not rows:
