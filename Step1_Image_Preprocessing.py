@@ -135,14 +135,7 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
 ENHANCED_CT = (uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
-OTHER_UNITS = {
-    "OD",
-    "MGML",
-    "Z_EFF",
-    "ED",
-    "EDW",
-    "PCT",
-}  # of RescaleType (PS3.3 C.11.1.1.2), as maps have them
+OTHER_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # than HU, of RescaleType (PS3.3 C.11.1.1.2)
 
 MANIFEST_COLUMNS = (
     *("image", "split", "label", "patient", "source", "status", "reason", "rows", "columns"),
@@ -619,11 +612,8 @@ def check_is_ct_slice(ds: Dataset) -> None:
     grey = grey and not first_number(ds, "SamplesPerPixel") > 1
     known_sign = first_number(ds, "PixelRepresentation") in (0, 1)
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
-    unit, size, no_hu = (
-        texts(ds, "RescaleType")[0],
-        f"{rows:.0f} x {columns:.0f}",
-        "HU unknown, export the original series",
-    )
+    unit, size = texts(ds, "RescaleType")[0], f"{rows:.0f} x {columns:.0f}"
+    no_hu = "HU unknown, export the original series"
     fits = {
         "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
         "float pixels (7FE0,0008/0009): no CT slice": not ds.dir("FloatPixelData"),  # nor DoubleFloat
@@ -968,7 +958,7 @@ def remove_pictures(output: Path, image: str) -> bool:
 
 
 def fingerprint(path: Path, identity: str) -> str:
-    """Return a hash of what a file's PNGs depend on: its size and times, and the run's identity.
+    """Return a hash of what a file's PNGs depend on: the run's identity, with which it begins, its size and times.
 
     The second time, of the last change of status, tells on Linux and macOS that another file was moved here.
     """
@@ -1604,9 +1594,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
     add("--variants", choice, [list(VARIANTS)], f"the first {len(VARIANTS)}", type=variant_names, nargs="+")
     add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
-    window = (
-        "window of ROI and window: brain (40,80 HU), header (the file's own), or C,W in HU; =C,W if C < 0"
-    )
+    window = "window of ROI and window: brain (40,80), header (the file's own), or C,W in HU; =C,W if C < 0"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
     add("--rsna", "Kaggle's unpacked RSNA-2019 download as the input", None, "off", type=Path, metavar="DIR")

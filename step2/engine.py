@@ -287,12 +287,10 @@ class Progress:
             self.bar.refresh()
             return
         total, here = self.epochs * self.runs, epochs - self.done_before
-        left = (
-            f", about {(total - epochs) * (now - self.began) / here / 60:.1f} minutes left"
-            if here > 0
-            else ""
-        )
-        print(f"{epochs:.0f} of {total} epochs{left}", flush=True)
+        line = f"{epochs:.0f} of {total} epochs"
+        if here > 0:
+            line += f", about {(total - epochs) * (now - self.began) / here / 60:.1f} minutes left"
+        print(line, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it ended."""

@@ -112,11 +112,8 @@ class Report:
         width, height = figure.get_size_inches()
         small = textwrap.fill(self.caption, max(int(width * 15), 40))
         above = 1 + (0.14 * (small.count("\n") + 1) + 0.12) / height
-        named: dict[str, Any] = {
-            "ha": "center",
-            "va": "bottom",
-            "parse_math": False,
-        }  # a file's name may have two $
+        # no formulas: a file's name may have two $
+        named: dict[str, Any] = {"ha": "center", "va": "bottom", "parse_math": False}
         figure.text(0.5, above, title + self.level, weight="bold", size=12, **named)
         figure.text(0.5, 1 + 0.08 / height, small, size=8, color="#444444", **named)
         drawn = {ending: io.BytesIO() for ending in ("png", "svg")}

@@ -20,7 +20,16 @@ from torch.nn import functional as F
 
 from step2.files import read_sealed, write_content, write_sealed
 from step2.network import InitialWeights, batch_norm_momentum, build_network, learning_rate, load_initial
-from step2.pictures import Batch, Pictures, fits_in_memory, in_order, load, normalise, shuffled
+from step2.pictures import (
+    Batch,
+    Pictures,
+    fits_in_memory,
+    in_order,
+    load,
+    normalise,
+    shuffled,
+    steps_per_epoch,
+)
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
@@ -215,7 +224,7 @@ def train_run(
     torch.manual_seed(run.seed)
     cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
     pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
-    steps, held_out = len(shuffled(run.train, size, run.seed, epoch=0)), in_order(run.held_out, size)
+    steps, held_out = steps_per_epoch(len(run.train), size), in_order(run.held_out, size)
     momentum = batch_norm_momentum(steps * settings.epochs)
     trainer = Trainer(settings, speed, momentum, device, run.classes)
     load_initial(trainer.network, run.weights)
