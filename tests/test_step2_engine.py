@@ -209,19 +209,20 @@ def test_cluster_in_another_folder_gives_the_same_table(data, tmp_path, undistur
 @pytest.mark.parametrize("lost", ["workers", "scheduler"])
 def test_lost_cluster_is_an_error_not_a_wait(data, tmp_path, cluster, monkeypatch, lost):
     address, scheduler, workers = cluster
-    monkeypatch.setattr(engine, "PATIENCE_S", 2)
     show, killed = engine.Progress.show, []
 
     def kill(progress):
         if not killed and list((tmp_path / "r").glob("runs/*/*/checkpoint.pt")):
             killed.append(time.monotonic())
+            monkeypatch.setattr(engine, "PATIENCE_S", 2)  # a busy scheduler took longer before
             for process in workers if lost == "workers" else [scheduler]:
                 process.kill()
         show(progress)
 
     monkeypatch.setattr(engine.Progress, "show", kill)
-    with pytest.raises(RuntimeError, match=r"all Dask workers are gone|scheduler is gone"):
+    with pytest.raises(RuntimeError, match=r"all Dask workers are gone|scheduler is gone") as caught:
         engine.train_all(make_comparison_for(data, tmp_path / "r", epochs=2000, cluster=address))
+    assert killed, caught.value
     assert time.monotonic() - killed[0] < 60
 
 
