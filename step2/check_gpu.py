@@ -1,4 +1,4 @@
-"""Check what only a CUDA GPU can show: one line each, with the figure that it was judged by. Five minutes.
+"""Check what only a CUDA GPU can show: one line each, with the figure that it was judged by. A few minutes.
 
     python -m step2.check_gpu
 

@@ -162,7 +162,7 @@ def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns to read, rounded as far as they are known."""
     shown = table.set_index("choice")
     return shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
-        hours=shown["hours"].map("{:.2g}".format),
+        hours=shown["hours"].map(lambda hours: f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"),
         **{"memory, GB": shown["memory_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
         **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
         **{"finds, points": shown["detectable"].map("{:.1f}".format).replace("nan", "-")},

@@ -286,8 +286,8 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     unseen = "less than can be seen beside the choice of patients"
     size = f"an SD of {sd:.1f} points" if sd >= 0.05 else unseen
     return (
-        f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to {high:.1f}); "
-        "intervals and p values allow for that too."
+        f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to "
+        f"{high:.1f} points); intervals and p values allow for that too."
     )
 
 

@@ -197,8 +197,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
         "here speaks of a newly drawn training set. The same seed gives the same table on one kind of machine; "
         "another machine's arithmetic is another draw of the trainings. The contrasts were fixed in the code, "
-        f"not preregistered. Primary p are Holm-corrected, intervals are not. {secondary} "
-        "are secondary. One network, one data set; no medical device.",
+        "not preregistered. p are Holm-corrected, among the comparisons with the baseline and among the effects; "
+        f"intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
         f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
@@ -290,6 +290,6 @@ def say_mistakes(mistakes: pd.DataFrame) -> str:
     label, called = kinds.idxmax()
     low, high = 100 * mistakes["confidence"].min(), 100 * mistakes["confidence"].max()
     return (
-        f"Said with {low:.0f} to {high:.0f} % confidence; most often {label} called {called}, "
-        f"{kinds.max()} of {len(mistakes)}."
+        f"Said with {low:.0f} to {high:.0f} % confidence; {label} called {called}: {kinds.max()} of "
+        f"{len(mistakes)}, and no confusion is more frequent."
     )

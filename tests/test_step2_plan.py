@@ -144,6 +144,13 @@ def test_small_batch_that_was_asked_for_is_no_want_of_memory():
     assert not [line for line in plan_in_words(row(batch_size=4, at_a_time=4)) if "memory" in line]
 
 
+@pytest.mark.parametrize(
+    ("hours", "shown"), [(0.0213, "0.021"), (9.96, "10"), (163.4, "163"), (2239, "2,239")]
+)
+def test_hours_are_shown_as_far_as_they_are_known_and_never_as_a_power_of_ten(hours, shown):
+    assert plan_to_show(row(hours=hours))["hours"].item() == shown
+
+
 def test_plan_to_show_has_a_line_for_each_choice_without_nan():
     shown = plan_to_show(pd.concat([row(), row(choice="a tenth", detectable=np.nan)]))
     assert list(shown.index) == ["as set", "a tenth"] and list(shown["finds, points"]) == ["9.0", "-"]

@@ -35,7 +35,9 @@ def test_mistakes_name_the_most_frequent_confusion():
     labels = ["epidural", "epidural", "subdural"]
     table = prediction_table({"a": ["healthy", "healthy", "epidural"]}, labels, ["P", "Q", "R"])
     said = say_mistakes(worst_mistakes(table, 12))
-    assert said == "Said with 50 to 50 % confidence; most often epidural called healthy, 2 of 3."
+    assert said == (
+        "Said with 50 to 50 % confidence; epidural called healthy: 2 of 3, and no confusion is more frequent."
+    )
     assert say_mistakes(worst_mistakes(table, 0)) == "No slice was mistaken by any variant."
 
 
