@@ -275,9 +275,11 @@ def draw_sensitivities(predictions: pd.DataFrame, metrics: pd.DataFrame, patient
         text = with_interval(value, low, high, digits=0).replace(" (", "\n(").replace(" e", "\ne")
         color = "black" if value > 0.55 else "white"
         axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
-    word = "patients" if patient_level else "slices"
+    word, tested = "patients", counts
+    if not patient_level:  # some patients may be known, so that counts are neither
+        word, tested = "slices", predictions.groupby("label")["image"].nunique()
     stars = {c: f"{c}*" if count < MIN_PATIENTS else c for c, count in counts.items()}
-    heads = [f"{wrapped(stars[c], 17)}\n{count} {word}" for c, count in counts.items()]
+    heads = [f"{wrapped(stars[c], 17)}\n{tested.get(c, 0)} {word}" for c in counts]
     axis.set_xticks(range(len(counts)), heads, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)

@@ -228,8 +228,10 @@ def difference_verdict(row: pd.Series, margin: float) -> str:
         return text + (f", less than the {size} that would matter" if band == "inside" else "")
     if band == "inside":
         return f"{equal} within {size}: {in_points(row)}"
-    holm_only = row["ci_low"] * row["ci_high"] > 0
-    return f"these data can't tell {unclear}{' after Holm correction' if holm_only else ''}: {in_points(row)}"
+    why = ""
+    if row["ci_low"] * row["ci_high"] > 0:  # p is larger than the interval says: by Holm, or sign_flip_floor
+        why = " after Holm correction" if row["p_value"] <= ALPHA else ", as too few patients differ"
+    return f"these data can't tell {unclear}{why}: {in_points(row)}"
 
 
 def is_significant(row: pd.Series) -> bool:
@@ -284,10 +286,13 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
             f"intervals are {ALONE}."
         )
     unseen = "less than can be seen beside the choice of patients"
+    allow = "intervals and p values allow for that too"
+    if not (contrasts["training_error"] > 0).any():
+        allow = "intervals and p values hold the choice of patients alone, which outweighs it"
     size = f"an SD of {sd:.1f} points" if sd >= 0.05 else unseen
     return (
         f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to "
-        f"{high:.1f} points); intervals and p values allow for that too."
+        f"{high:.1f} points); {allow}."
     )
 
 
@@ -295,13 +300,18 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
 
 
 def score_testing(
-    found: dict[str, pd.DataFrame], testing: pd.DataFrame, n_draws: int = DRAWS, seed: int = 0
+    found: dict[str, pd.DataFrame],
+    testing: pd.DataFrame,
+    trained: Collection[str],
+    n_draws: int = DRAWS,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Return how each variant does on the labelled slices of TestingData, DataFrame; empty without any.
 
-    found: {variant: image, predicted, p_<class>}, in the order of testing. Columns: variant, slices, patients
-    (NaN where some are unknown), right, accuracy, ci_low, ci_high, and the difference to the baseline with its
-    own interval. The intervals are over patients, for these trained networks alone; NaN for fewer than 10 patients.
+    found: {variant: image, predicted, p_<class>}, in the order of testing. trained: patients of TrainingData.
+    Columns: variant, slices, patients (NaN where some are unknown), trained_on (patients that are in both),
+    right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals are
+    over patients, for these trained networks alone; NaN for fewer than 10 patients.
     """
     classes = classes_of(next(iter(found.values()))) if found else ()
     labelled = testing["label"].isin(classes).to_numpy()
@@ -315,14 +325,15 @@ def score_testing(
     correct, cells = paired_correctness(pd.concat(tables, ignore_index=True))
     estimates = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
     rows, patients = [], np.nan if (where["patient"][labelled] == "").any() else cells.patients
+    both = len(set(where["patient"][labelled]) & set(trained) - {""})
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
         own = estimates.contrast(np.eye(len(correct.columns))[at])
         low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
             low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
-        row = {"variant": variant, "slices": count, "patients": patients, "right": round(value * count)}
-        row |= {"accuracy": value, "ci_low": low, "ci_high": high}
+        row = {"variant": variant, "slices": count, "patients": patients, "trained_on": both}
+        row |= {"right": round(value * count), "accuracy": value, "ci_low": low, "ci_high": high}
         if BASELINE in correct.columns and variant != BASELINE:
             apart = estimates.contrast(estimates.coefficients([(variant, BASELINE)]))
             row |= {f"{name} to {BASELINE}": apart[name] for name in ("difference", "ci_low", "ci_high")}

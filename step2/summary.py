@@ -9,7 +9,15 @@ from step2.bootstrap import DRAWS, POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of, guesses
 from step2.metrics import class_warnings, count_text, metric_of, with_interval
 from step2.report import OPTIMISTIC
-from step2.statistics import EQUIVALENCE, best_in_words, in_band, in_points, is_significant, training_in_words
+from step2.statistics import (
+    ALONE,
+    EQUIVALENCE,
+    best_in_words,
+    in_band,
+    in_points_unsigned,
+    is_significant,
+    training_in_words,
+)
 from step2.variants import BASELINE
 
 MINUS = "\N{MINUS SIGN}"
@@ -160,12 +168,13 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
         said.append(f"No variant was compared with {BASELINE}.")
     for name, table in primary.groupby("endpoint", sort=False):
         clear = [
-            f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points(row)}"
+            f"{row['a']} {'higher' if row['difference'] > 0 else 'lower'} by {in_points_unsigned(row)}"
             for _, row in table.iterrows()
             if is_significant(row)
         ]
         found = "; ".join(clear) or "no difference that these data show"
-        said.append(f"{name}, against {BASELINE}: {found}.")
+        alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
+        said.append(f"{name}, against {BASELINE}: {found}{alone}.")
     order = {}
     for metric in ("accuracy", "any_auc"):
         rows = metrics[metrics["metric"] == metric].sort_values("value", ascending=False, kind="stable")
@@ -179,7 +188,11 @@ def testing_in_words(testing: pd.DataFrame) -> str:
     """Return how the untouched slices agree with the cross-validation, in a sentence or two."""
     slices, patients = testing["slices"].iloc[0], testing["patients"].iloc[0]
     known = np.isfinite(patients)
-    whose = f"{patients} patients that took part in nothing" if known else "patients that nothing names"
+    whose = f"{patients} patients" if known else "patients that nothing names"
+    if both := testing["trained_on"].iloc[0]:
+        whose += f", {both} of them in TrainingData too (optimistic)"
+    elif known:
+        whose += " that took part in nothing"
     top = testing[testing["accuracy"] == testing["accuracy"].max()]
     lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
     best = f"{', '.join(top['variant'])} got the most right ({100 * top['accuracy'].iloc[0]:.0f} %)"
@@ -232,9 +245,11 @@ def say_accuracy(metrics: pd.DataFrame, best: pd.DataFrame) -> str:
 
 def say_pairs(pairs: pd.DataFrame) -> str:
     """Return where a step's effect depends on the others."""
-    several = pairs.dropna(subset="p_differ").drop_duplicates("step")
-    if several.empty:
+    several = pairs[pairs["step"].duplicated()].drop_duplicates("step").dropna(subset="p_differ")
+    if not pairs["step"].duplicated().any():
         return "No step has more than one pair here."
+    if several.empty:
+        return "Whether a step's pairs differ is not estimable from these data."
     said = []
     for step in several.itertuples():
         points = 100 * pairs.loc[pairs["step"] == step.step, "difference"]

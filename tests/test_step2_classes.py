@@ -101,7 +101,7 @@ def test_testing_slices_of_another_class_are_not_scored_and_named(tmp_path):
     assert slices.warnings() == [warning]
     table = random_table(5, 1, ["1_ROI"], classes=FIVE)[: len(slices.testing)]
     found = {"1_ROI": table.assign(image=slices.testing["image"])}
-    assert score_testing(found, slices.testing, n_draws=10)["slices"].tolist() == [2]
+    assert score_testing(found, slices.testing, [], n_draws=10)["slices"].tolist() == [2]
 
 
 # ---------------------------------------- a comparison
@@ -118,7 +118,7 @@ def test_comparison_of_any_classes_from_training_to_grad_cam(tmp_path, classes):
     found = {variant: runs.average_testing(comparison, variant) for variant in VARIANTS}
     assert classes_of(found["1_ROI"]) == classes
     assert (
-        score_testing(found, comparison.slices.testing, n_draws=10)["slices"].tolist()
+        score_testing(found, comparison.slices.testing, [], n_draws=10)["slices"].tolist()
         == [min(len(classes), 3)] * 2
     )
     network = {key: value.shape for key, value in last_weights(comparison).items()}

@@ -85,3 +85,16 @@ def test_words_name_another_order_by_auc():
         "No variant was compared with 0_Dicom2PNG. By AUC the order is another one than by accuracy: b, a."
     )
     assert endpoints_in_words(metrics, endpoints, CLASSES) == words
+
+
+def test_endpoint_says_size_without_a_second_sign_and_where_training_noise_is_unknown():
+    row = {"kind": "primary", "endpoint": "AUC", "a": "1_ROI", "difference": -0.031, "ci_low": -0.05}
+    row |= {"ci_high": -0.012, "p_holm": 0.01, "seed_noise": np.nan}
+    metrics = pd.DataFrame(
+        [("a", "accuracy", 0.9), ("a", "any_auc", 0.9)], columns=["variant", "metric", "value"]
+    )
+    said = endpoints_in_words(metrics, pd.DataFrame([row]), CLASSES)
+    assert said == (
+        "AUC, against 0_Dicom2PNG: 1_ROI lower by 3.1 points (1.2 to 5.0) (for these trained networks alone)."
+    )
+    assert "alone" not in endpoints_in_words(metrics, pd.DataFrame([row | {"seed_noise": 0.0}]), CLASSES)

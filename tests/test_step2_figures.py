@@ -9,7 +9,7 @@ import pytest
 from step2_helpers import ALL_VARIANTS, CLASSES, VARIANTS, prediction_table, random_table
 
 from step2 import figures, summary
-from step2.metrics import metric_table
+from step2.metrics import class_warnings, metric_table
 from step2.network import InitialWeights
 from step2.report import Report, make_caption
 from step2.runs import Comparison
@@ -226,3 +226,19 @@ def test_names_of_classes_in_a_confusion_matrix_do_not_overlap():
 def test_title_with_two_dollars_is_no_formula(tmp_path):
     Report(tmp_path, "of cost $5_$", True, "it").figure(plt.figure(), "scan$^$1.dcm", "steps")
     assert (tmp_path / "steps.svg").is_file()
+
+
+def test_slices_of_partly_known_patients_are_counted():
+    """Nine patients of two slices each and two slices without a patient, of each class."""
+    labels = [c for c in ("healthy", "epidural") for _ in range(20)]
+    patients = [f"{labels[i]} {i % 20 // 2}" if i % 20 < 18 else "" for i in range(40)]
+    table = prediction_table({"0_Dicom2PNG": labels}, labels, patients).drop(
+        columns=[f"p_{c}" for c in CLASSES if c not in labels]
+    )
+    figure = figures.draw_sensitivities(table, metric_table(table, n_draws=20), False)
+    heads = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    plt.close(figure)
+    assert heads == ["healthy\n20 slices", "epidural\n20 slices"]
+    few = table[~table["patient"].isin(["healthy 0", "healthy 1", "healthy 2"])]
+    (warning,) = class_warnings(few, False)
+    assert "slices without one" in warning  # 14 slices: 6 known patients, 2 slices of nobody

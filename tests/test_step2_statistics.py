@@ -331,7 +331,7 @@ def test_pairs_of_a_step_are_shown_one_by_one():
 def some_row(**given) -> dict:
     """Return a contrast as verdict needs it."""
     names = {"kind": "primary", "contrast": "1_ROI", "a": "1_ROI", "b": "0_Dicom2PNG", "n_patients": 50}
-    names |= {"training_sd": 0.01}
+    names |= {"training_sd": 0.01, "p_value": 0.04}
     return names | given
 
 
@@ -379,7 +379,7 @@ def score_of(right: dict[str, int], slices: int = 24, patients: int = 12, known:
         for variant, n in right.items()
     }
     found = {variant: table.assign(p_healthy=0.5, p_epidural=0.5) for variant, table in found.items()}
-    return score_testing(found, testing, n_draws=300)
+    return score_testing(found, testing, [], n_draws=300)
 
 
 def test_testing_slices_are_scored_by_patients():
@@ -407,7 +407,7 @@ def test_testing_slices_all_right_and_too_few_patients():
 
 def test_testing_slices_without_labels_are_not_scored():
     testing = pd.DataFrame({"image": ["a.png"], "label": [""], "patient": ["T"]})
-    assert score_testing({"0_Dicom2PNG": pd.DataFrame()}, testing).empty
+    assert score_testing({"0_Dicom2PNG": pd.DataFrame()}, testing, []).empty
 
 
 # ---------------------------------------- odd tables end in numbers or words
@@ -507,3 +507,34 @@ def test_fewer_than_10_patients_tell_no_training_noise():
     contrasts = contrast_table(compare(random_table(8, 4, ALL_VARIANTS[:3], folds=2), seed=2))
     assert contrasts[["training_sd", "seed_noise"]].isna().all(axis=None)
     assert "can't tell how far training again" in training_in_words(contrasts)
+
+
+def test_testing_patients_that_are_in_training_too_did_take_part():
+    testing = pd.DataFrame({"image": [f"{i}.png" for i in range(24)], "label": "epidural"})
+    testing["patient"] = [f"P{i // 2}" for i in range(24)]
+    found = testing[["image"]].assign(
+        predicted=["epidural"] * 20 + ["healthy"] * 4, p_healthy=0.5, p_epidural=0.5
+    )
+    table = score_testing({"0_Dicom2PNG": found}, testing, ["P1", "P2", "other"], n_draws=60)
+    said = summary.testing_in_words(table)
+    assert said.startswith(
+        "24 slices of 12 patients, 2 of them in TrainingData too (optimistic), by the mean"
+    )
+
+
+def test_intervals_that_hold_no_training_noise_do_not_claim_to():
+    """Training noise is seen (an SD of 2.4 points), but below the caution that errors ask for."""
+    contrasts = contrast_table(compare(random_table(60, 2, ALL_VARIANTS[:4], folds=3, seed=2), n_draws=500))
+    assert contrasts["training_sd"].iloc[0] > 0.02 and (contrasts["training_error"] == 0).all()
+    assert "an SD of 2" in training_in_words(contrasts) and "allow for that" not in training_in_words(
+        contrasts
+    )
+
+
+def test_holm_is_not_blamed_for_a_single_comparison():
+    """5 of 20 patients differ, all one way: the interval is clear of 0, but a sign-flip test says 2 / 2^5."""
+    labels, patients = ["epidural"] * 20, [f"P{i}" for i in range(20)]
+    calls = {"0_Dicom2PNG": ["healthy"] * 5 + labels[5:], "1_ROI": labels}
+    row = contrast_table(compare(prediction_table(calls, labels, patients))).iloc[0]
+    assert row["p_holm"] == row["p_value"] == 2 / 2**5 and row["ci_low"] > 0
+    assert "apart, as too few patients differ: +25.0 points" in row["verdict"]

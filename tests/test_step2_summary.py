@@ -6,7 +6,7 @@ from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
 from step2 import summary
 from step2.metrics import metric_table, worst_mistakes
-from step2.statistics import best_set, compare, contrast_table
+from step2.statistics import best_set, compare, contrast_table, pair_table
 from step2.summary import detectable_text, headline, say_costs, say_forest, say_mistakes, say_reliability
 
 
@@ -67,3 +67,10 @@ def test_no_variant_may_be_best_where_that_is_not_estimable():
     best = best_set(compare(table, n_draws=50))
     lines = summary.accuracy_lines(metric_table(table, n_draws=20), best, pd.DataFrame())
     assert "yes" not in "".join(lines)
+
+
+def test_pairs_of_few_patients_are_not_called_single():
+    said = summary.say_pairs(pair_table(compare(random_table(8, 3, ALL_VARIANTS, folds=2), n_draws=50)))
+    assert said == "Whether a step's pairs differ is not estimable from these data."
+    one = pair_table(compare(random_table(30, 2, ALL_VARIANTS[:2], folds=2), n_draws=50))
+    assert summary.say_pairs(one) == "No step has more than one pair here."

@@ -100,7 +100,9 @@ def write_tables(comparison: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
     }
     if len(comparison.slices.testing):
         found = {variant: average_testing(comparison, variant) for variant in comparison.variants}
-        tables["testing"] = score_testing(found, comparison.slices.testing)
+        tables["testing"] = score_testing(
+            found, comparison.slices.testing, comparison.slices.training["patient"]
+        )
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     return tables["oof"], tables["control"]
