@@ -167,11 +167,11 @@ class UsageError(Exception):
 
 
 def numbers(ds: Dataset, keyword: str) -> list[float]:
-    """Return all values of a numeric element: [] where absent or empty, [nan] where one is no number."""
+    """Return all values of a numeric element, nan for an empty one; [] where absent, [nan] where one is text."""
     try:
         value = ds.get(keyword)  # converts the stored bytes
         values = value if isinstance(value, MultiValue) else [] if value in (None, "") else [value]
-        return [float(v) for v in values]
+        return [math.nan if v == "" else float(v) for v in values]
     except (ValueError, TypeError, ArithmeticError):
         return [math.nan]
 
@@ -613,6 +613,7 @@ def check_is_ct_slice(ds: Dataset) -> None:
     known_sign = first_number(ds, "PixelRepresentation") in (0, 1)
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
     unit, size = texts(ds, "RescaleType")[0], f"{rows:.0f} x {columns:.0f}"
+    captured = ds.get("SOPClassUID") == uid.SecondaryCaptureImageStorage  # dose reports, in "HU" (GE) or not
     no_hu = "HU unknown, export the original series"
     fits = {
         "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
@@ -623,6 +624,7 @@ def check_is_ct_slice(ds: Dataset) -> None:
         "NumberOfFrames (0028,0008): multi-frame, split it into slices": not frames > 1,
         "SOPClassUID (0008,0016): enhanced CT, split into slices": ds.get("SOPClassUID") not in ENHANCED_CT,
         "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file": grey,
+        "SOPClassUID (0008,0016): secondary capture, a picture of a screen: remove it": not captured,
         "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": min(rows, columns) >= 1,
         f"Rows x Columns (0028,0010/0011) claim {size} pixels: no CT slice": max(rows, columns) <= MAX_SIDE,
         "PixelRepresentation (0028,0103) is not 0 or 1, sign unknown: export it again": known_sign,
@@ -681,7 +683,7 @@ def codestream_size(stream: bytes) -> tuple[int, int, int] | None:
 
     JPEG and JPEG-LS: the frame header (ITU-T T.81 B.2.2, T.87 C.2.2); JPEG 2000: SIZ (ITU-T T.800 A.5.1).
     """
-    siz = stream.find(b"\xff\x4f\xff\x51")
+    siz = -1 if stream[:2] == b"\xff\xd8" else stream.find(b"\xff\x4f\xff\x51")  # by chance in JPEG-LS, too
     if siz >= 0 and len(stream) >= siz + 42:
         x1, y1, x0, y0 = struct.unpack_from(">4I", stream, siz + 8)
         return y1 - y0, x1 - x0, struct.unpack_from(">H", stream, siz + 40)[0]
@@ -1166,7 +1168,7 @@ def run_identity(settings: Settings) -> str:
 def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.Namespace) -> int:
     """Convert every file that has something to do, record what became of it; return how many were written."""
     identity = run_identity(settings)  # another one's rows are void, now, as a stopped run changes pictures
-    other = "status = 'ok' AND fingerprint NOT LIKE ?"
+    other = "status = 'ok' AND ifnull(fingerprint, '') NOT LIKE ?"  # or of another place: without one
     ledger.execute(f"UPDATE files SET status = '', fingerprint = '' WHERE {other}", (f"{identity[:8]}%",))
     ledger.commit()
     tasks, written, committed = due_tasks(ledger, args, identity), 0, time.monotonic()

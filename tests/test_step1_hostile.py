@@ -27,6 +27,7 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 
 import Step1_Image_Preprocessing as step1
@@ -285,6 +286,10 @@ def deflate_bomb(path):
 
 
 REFUSED = {
+    "dose report": (
+        changed(SOPClassUID=SecondaryCaptureImageStorage, ConversionType="WSD", RescaleType="HU"),
+        "secondary capture",
+    ),
     "slope missing": (changed(RescaleSlope=None), "RescaleSlope"),
     "slope 0": (changed(RescaleSlope=0), "RescaleSlope"),
     "map of atomic numbers": (changed(RescaleType="Z_EFF"), "RescaleType (0028,1054) is Z_EFF, a map"),
@@ -716,3 +721,15 @@ def test_damaged_files_are_converted_or_refused_and_never_end_the_run(tmp_path):
     assert len(rows) == count
     assert {row["status"] for row in rows.values()} == {"ok", "failed"}
     assert all(row["reason"] for row in rows.values() if row["status"] == "failed")
+
+
+def test_jpeg_ls_that_happens_to_hold_a_jpeg_2000_marker_is_converted(tmp_path):
+    """The pixels' bits do that once in some 10,000 slices; here a comment (ITU-T T.81 B.2.4.5) does."""
+    ct = make_ct(plain_head(64), **WINDOW)
+    ct.compress(JPEGLSLossless, encoding_plugin=ENCODERS[JPEGLSLossless])
+    stream = get_frame(ct.PixelData, 0, number_of_frames=1)
+    comment = b"\xff\x4f\xff\x51" + bytes(40)
+    segment = struct.pack(">HH", 0xFFFE, 2 + len(comment)) + comment
+    ct.PixelData = encapsulate([stream[:2] + segment + stream[2:]])
+    row = convert(save(tmp_path / "a", ct), tmp_path)
+    assert row["status"] == "ok", row

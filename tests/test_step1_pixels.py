@@ -180,6 +180,12 @@ def test_window_that_is_no_finite_number_becomes_the_brain_window(text):
     assert step1.header_window(ds) is None
 
 
+def test_window_after_an_empty_one_counts():
+    ds = make_ct(np.zeros((1, 1), np.int16), WindowWidth=[100, 4000])
+    ds[0x0028, 0x1050] = RawDataElement(Tag(0x0028, 0x1050), "DS", 5, b"\\600 ", 0, False, True)
+    assert step1.header_window(ds) == (600, 4000)
+
+
 def test_voi_lut_goes_before_the_window():
     item = Dataset()
     item.add_new(0x00283002, "SS", [4, -1, 8])  # four entries, the first for -1 HU, 8 bits

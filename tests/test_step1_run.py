@@ -806,6 +806,22 @@ def test_script_runs_from_another_folder(raw, tmp_path):
     assert "found 4 = written 4 + up to date 0 + failed 0" in done.stdout
 
 
+def test_a_stopped_run_that_renames_pictures_leaves_no_row_that_is_ok_without_one(raw, monkeypatch):
+    assert run(raw, "--variants", "1") == 0
+    path = next((raw / "TrainingData").rglob("*.dcm"))
+    shutil.copy(path, path.with_suffix(""))  # x comes before x.dcm and takes its picture's name
+
+    def stopped(tasks, settings, jobs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step1, "in_processes", stopped)
+        assert run(raw, "--variants", "1") == 130
+    done = [row["image"] for row in manifest(raw).values() if row["status"] == "ok"]
+    assert all((raw.parent / "out" / "1_ROI" / image).exists() for image in done)
+    assert run(raw, "--variants", "1") == 0
+
+
 def test_a_stopped_run_with_another_window_leaves_nothing_that_passes_for_done(raw, monkeypatch):
     assert run(raw, "--variants", "1") == 0
     before = pngs(raw)
