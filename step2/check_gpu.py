@@ -24,17 +24,17 @@ from step2.network import build_network
 from step2.pace import pace_on_gpu
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
-from step2.training import Speed, Trainer, load_checkpoint, predict, save_checkpoint, train_step
+from step2.training import Speed, Trainer, load_checkpoint, predict, snapshot, train_step, write_checkpoint
 
 Verdict = tuple[bool, str]
 PLAIN = Speed("no", False, False, False, 8, ())
 CLOSE = 1e-3  # part of the weights' size, between two ways to compute the same steps
 
 
-def small(**given: object) -> Settings:
+def small() -> Settings:
     """Return settings of a network that a step of takes no time."""
     tiny = {"profile": "quick", "image_size": 32, "batch_size": 8, "weights": "none", "processes": 1}
-    return read_settings(tiny | given)
+    return read_settings(tiny)
 
 
 def some_batch(settings: Settings, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,7 @@ def trained(
     settings = small()
     torch.manual_seed(0)  # weights are drawn on the CPU, whatever the device
     trainer = Trainer(settings, speed, 0.1, device, OUTPUTS)
-    no_dropout(trainer)
+    trainer.network._dropout.p = 0.0  # its draws differ between devices
     losses = []
     for step in range(steps):
         pictures, labels = some_batch(settings, step + 1 if varied else 1)
@@ -65,13 +65,6 @@ def trained(
         if varied:
             predict(trainer, [(pictures, labels)])
     return trainer, losses
-
-
-def no_dropout(trainer: Trainer) -> None:
-    """Switch dropout off, as its draws differ between devices."""
-    for layer in trainer.network.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
 
 
 def difference(a: Trainer, b: Trainer) -> float:
@@ -146,11 +139,11 @@ def check_checkpoint(device: torch.device) -> Verdict:
         path = Path(folder) / "checkpoint.pt"
         for written, read in product(ways, ways):
             trainer, _ = trained(device, written)
-            save_checkpoint(path, trainer, [{"epoch": 1}])
+            write_checkpoint(path, snapshot(trainer, [{"epoch": 1}]))
             drawn = float(torch.rand(1, device=device))
             train_step(trainer, *batch, 1e-3)
             other = Trainer(settings, read, 0.1, device, OUTPUTS)
-            no_dropout(other)
+            other.network._dropout.p = 0.0
             load_checkpoint(path, other)
             same_chance &= float(torch.rand(1, device=device)) == drawn
             train_step(other, *batch, 1e-3)

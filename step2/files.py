@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ from filelock import FileLock, Timeout
 TABLES, TEXTS = (".csv", ".png", ".svg"), ("settings.json", "summary.md")  # what a comparison writes
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Write a file under another name first, so that it's there whole or not at all; size: of it, if known.
+def write_content(path: Path, *parts: bytes) -> None:
+    """Write bytes, one part after another, under another name first: a file is there whole or not at all.
 
     OSError that says so where the disk is full, or another program has the file; what was not finished is removed.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
         temporary.replace(path)
     except PermissionError as err:  # on Windows also where Excel shows the file
         text = f"{path} could not be written: close it in other programs, or allow it, and run again"
@@ -33,22 +33,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         temporary.unlink(missing_ok=True)
-        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
-        lacks = f"it needs {size:,}, {free}" if size else free
+        lacks = f"it needs {sum(map(len, parts)):,}, {shutil.disk_usage(path.parent).free:,} bytes are free"
         text = f"the disk is full, {path} could not be written ({lacks}): free some space there and run again"
         raise OSError(errno.ENOSPC, text) from err
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_content(path: Path, *parts: bytes) -> None:
-    """Write bytes, one part after another, atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-
-    write_atomically(path, write, sum(map(len, parts)))
 
 
 def write_json(path: Path, content: dict) -> None:

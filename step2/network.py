@@ -14,7 +14,7 @@ import torch
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import url_map
 
-from step2.files import read_json, sha256, write_atomically, write_json
+from step2.files import read_json, sha256, write_json
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
@@ -143,8 +143,7 @@ def download_imagenet(name: str) -> Path:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds without an answer; a closed network may never give one
     try:
-        fetch = torch.hub.download_url_to_file
-        write_atomically(path, lambda p: fetch(url, str(p), hash_prefix=checksum, progress=False))
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum, progress=False)  # whole or not
     finally:
         socket.setdefaulttimeout(patience)
     return path

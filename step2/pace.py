@@ -6,7 +6,6 @@ that would take minutes a picture is taken to be as fast, operation for operatio
 
 import math
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,8 +22,6 @@ from step2.network import build_network
 from step2.pictures import Pictures, load, normalise, shuffled
 from step2.settings import Settings
 from step2.speed import OUTPUTS, device_name, find_device, prepare_process, time_steps, usual_speed, what_fits
-from step2.training import release_memory
-from step2.variants import require
 
 # GPUs that are not here: memory bandwidth in GB/s, peak of half precision in TFLOP/s, memory in GB (data sheets)
 GPUS = {
@@ -118,16 +115,8 @@ def count_weights(settings: Settings) -> int:
         return sum(weight.numel() for weight in build_network(settings, 0.1, OUTPUTS).parameters())
 
 
-def known_gpu(name: str) -> str:
-    """Return a GPU's name as GPUS has it; ValueError for an unknown one."""
-    found = next((gpu for gpu in GPUS if gpu.lower() == name.lower()), "")
-    require(found, f"--gpu {name}: choose of {', '.join(GPUS)}")
-    return found
-
-
 def estimate_pace(settings: Settings, name: str) -> Pace:
-    """Return the pace on a GPU that is not here, from its data sheet; ValueError for an unknown one."""
-    name = known_gpu(name)
+    """Return the pace on a GPU that is not here, one of GPUS, from its data sheet."""
     bandwidth, peak, memory = GPUS[name]
     cost = network_cost(settings, half=True)
     part = part_that_fits(settings, cost, memory * 1e9)
@@ -213,22 +202,18 @@ def pace_on_gpu(settings: Settings, device: torch.device, channels_last: bool) -
     speed = replace(usual_speed(settings, device), channels_last=channels_last)
     speed, seconds = what_fits(settings, speed, device)
     memory = float(torch.cuda.max_memory_allocated())
-    release_memory(device)
+    torch.cuda.empty_cache()
     without = "torch.compile" if channels_last else "channels_last and torch.compile"
     basis = f"timed on this {device_name(device)}, without {without}"
     weights = count_weights(settings)
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
 
 
-def time_loading(settings: Settings, pictures: int = 24) -> float:
+def time_loading(settings: Settings) -> float:
     """Return the seconds to load and augment a picture that is kept in memory, with the settings' threads."""
-    noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        # not imwrite, which takes no path with other than ASCII letters on Windows
-        png = cv2.imencode(".png", cv2.GaussianBlur(noise, (0, 0), 3))[1]
-        Path(folder, "noise.png").write_bytes(png.tobytes())
-        many = Pictures(Path(folder), ["noise.png"] * pictures, settings, 0, cached=True)
-        batches = shuffled(np.arange(pictures), min(settings.batch_size, 8), 0, 0) * 4
-        began = time.perf_counter()
-        count = sum(len(normalise(batch)) for batch, _ in load(many, batches, settings.workers))
+    pictures, shape = Pictures(Path(), [], settings), (24, settings.image_size, settings.image_size)
+    pictures.cache = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    batches = shuffled(np.arange(len(pictures.cache)), min(settings.batch_size, 8), 0, 0) * 4
+    began = time.perf_counter()
+    count = sum(len(normalise(batch)) for batch, _ in load(pictures, batches, settings.workers))
     return (time.perf_counter() - began) / count

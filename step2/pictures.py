@@ -45,7 +45,7 @@ def read_content(path: Path) -> bytes:
 
 
 def has_colour(content: bytes) -> bool:
-    """Tell whether a PNG, or its first 26 bytes, says that it has colours (PNG specification, 11.2.2)."""
+    """Tell whether a PNG says that it has colours (PNG specification, 11.2.2)."""
     return bool(content[25] & 2)
 
 
@@ -71,29 +71,24 @@ def read_png(path: Path, size: int) -> np.ndarray:
     return picture if len(picture) == size else cv2.resize(picture, (size, size), interpolation=way)
 
 
-def check_channels(folder: Path, images: Sequence[str]) -> None:
-    """Raise ValueError, naming two pictures, where some of a variant's are grey and some have colours."""
+def pictures_digests(folder: Path, *parts: Sequence[str]) -> list[str]:
+    """Return a hash of each part's names and bytes, so that a changed or renamed picture is noticed.
 
-    def colour(image: str) -> bool:
-        with (folder / image).open("rb") as file:
-            return has_colour(file.read(26))
+    ValueError, naming two pictures, where some are grey and some have colours.
+    """
 
+    def look(image: str) -> tuple[bytes, bool]:
+        content = read_content(folder / image)
+        return hashlib.sha256(image.encode() + b"\0" + content).digest(), has_colour(content)
+
+    images = [image for part in parts for image in part]
     with ThreadPoolExecutor(8) as pool:
-        kinds = list(pool.map(colour, images))
-    if len(set(kinds)) > 1:
-        grey, colourful = images[kinds.index(False)], images[kinds.index(True)]
-        again = "delete the folder, and run Step1_Image_Preprocessing.py to make it again"
-        raise ValueError(f"{folder} mixes grey pictures ({grey}) and colour ({colourful}): {again}")
-
-
-def pictures_digest(folder: Path, images: Sequence[str]) -> str:
-    """Return a hash of the pictures' names and bytes, so that a changed or renamed one is noticed."""
-
-    def digest(image: str) -> bytes:
-        return hashlib.sha256(image.encode() + b"\0" + read_content(folder / image)).digest()
-
-    with ThreadPoolExecutor(8) as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, images))).hexdigest()
+        seen = dict(zip(images, pool.map(look, images), strict=True))
+    first = {colour: image for image, (_, colour) in reversed(seen.items())}
+    again = "delete the folder, and run Step1_Image_Preprocessing.py to make it again"
+    mixed = f"{folder} mixes grey pictures ({first.get(False)}) and colour ({first.get(True)}): {again}"
+    require(len(first) < 2, mixed)
+    return [hashlib.sha256(b"".join(seen[image][0] for image in part)).hexdigest() for part in parts]
 
 
 def augment(picture: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:

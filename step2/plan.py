@@ -24,7 +24,7 @@ import torch
 
 from Step1_Image_Preprocessing import variant_names
 from step2.files import write_csv
-from step2.pace import GPUS, Pace, estimate_pace, known_gpu, measure_paces
+from step2.pace import GPUS, Pace, estimate_pace, measure_paces
 from step2.pictures import steps_per_epoch
 from step2.power import detectable_points
 from step2.settings import PROFILES, Settings, read_settings
@@ -181,14 +181,14 @@ def main() -> None:
     parser.add_argument("--variants", default=None, help="such as 0,1,4 or all (default: the seven)")
     parser.add_argument("--slices", type=int, help="plan for so many instead of those in --data")
     parser.add_argument("--patients", type=int, help="of whom they are (default: half as many)")
-    parser.add_argument("--gpu", help=f"one that is not here: {', '.join(GPUS)}")
+    parser.add_argument("--gpu", type=str.upper, choices=GPUS, help="one that is not here")
     args = parser.parse_args()
     if args.patients and not args.slices:
         parser.error("--patients says whose slices they are: name --slices too")
     try:
         gpus, memory = torch.cuda.device_count(), gpu_memory()
         if args.gpu:
-            gpus, memory = 1, GPUS[known_gpu(args.gpu)][2] * 1e9
+            gpus, memory = 1, GPUS[args.gpu][2] * 1e9
         given = {"profile": args.profile, "weights": "none", "results": args.results}
         settings = read_settings(given, gpus, memory)
         if args.slices:

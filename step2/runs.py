@@ -26,7 +26,7 @@ import torch
 from step2.classes import probability_columns
 from step2.files import read_json, sha256, write_csv, write_json
 from step2.network import InitialWeights
-from step2.pictures import Pictures, check_channels, in_order, load, pictures_digest, steps_per_epoch
+from step2.pictures import Pictures, fits_in_memory, in_order, load, pictures_digests, steps_per_epoch
 from step2.settings import Settings
 from step2.slices import Slices
 from step2.speed import choose_speed, device_name, find_device, prepare_process
@@ -60,7 +60,7 @@ def code_digest() -> str:
 class Comparison:
     """Everything that the runs share. fold_of: int (repeats, n), the fold of each training slice.
 
-    digests and testing_digests: {variant: hash of its pictures}; code: code_digest() where it was made.
+    digests: {variant: hashes of its training and its testing pictures}; code: code_digest() where it was made.
     only: the (repeat, fold) that it consists of where time ended before the others; None is all.
     """
 
@@ -69,8 +69,7 @@ class Comparison:
     slices: Slices
     fold_of: np.ndarray
     weights: InitialWeights
-    digests: dict[str, str]
-    testing_digests: dict[str, str]
+    digests: dict[str, list[str]]
     code: str = field(default_factory=code_digest)
     only: tuple[tuple[int, int], ...] | None = None
 
@@ -118,7 +117,7 @@ class Comparison:
         rows, folders = self.slices.training["label"] + " " + self.slices.training["image"], {}
         for run in self.runs:
             split = [list(rows.iloc[part]) for part in self.split(run)]
-            pictures, weights = self.digests[run.variant], self.weights.digest
+            pictures, weights = self.digests[run.variant][0], self.weights.digest
             parts = [self.settings.recipe(), run, self.slices.classes, split, pictures, weights, self.code]
             digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
             name = f"repeat{run.repeat}_fold{run.fold}{'_control' * run.control}-{digest}"
@@ -127,12 +126,13 @@ class Comparison:
 
     def testing_file(self, run: Run) -> str:
         """Return the name of a run's file of probabilities for TestingData, with a hash of those pictures."""
-        return f"testing-{self.testing_digests[run.variant][:10]}.csv"
+        return f"testing-{self.digests[run.variant][1][:10]}.csv"
 
     def identity(self) -> str:
         """Return a hash of all folders, testing pictures and their labels: another comparison has another."""
         names = [str(folder.relative_to(self.settings.results)) for folder in self.folders.values()]
-        text = json.dumps([names, sorted(self.testing_digests.values()), list(self.slices.testing["label"])])
+        testing = sorted(digest for _, digest in self.digests.values())
+        text = json.dumps([names, testing, list(self.slices.testing["label"])])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -144,37 +144,38 @@ def make_comparison(
     weights: InitialWeights,
 ) -> Comparison:
     """Return the comparison, after reading every picture; ValueError that names a missing or damaged one."""
-    training, testing = (
-        {v: pictures_digest(settings.data / v, list(part["image"])) for v in variants}
-        for part in (slices.training, slices.testing)
-    )
-    for variant in variants:
-        check_channels(settings.data / variant, [*slices.training["image"], *slices.testing["image"]])
-    return Comparison(settings, variants, slices, fold_of, weights, training, testing)
+    images = slices.training["image"], slices.testing["image"]
+    digests = {variant: pictures_digests(settings.data / variant, *images) for variant in variants}
+    return Comparison(settings, variants, slices, fold_of, weights, digests)
 
 
 # ---------------------------------------- what a run leaves behind
 
 
-def read_done(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return what a finished run noted, None where it isn't finished, and the files that are damaged."""
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run noted, None where it isn't finished."""
     done = read_json(folder / "done.json")
-    if done is None or done.get("folder") != folder.name:
-        return None, ["done.json"] if (folder / "done.json").exists() else []
-    there = {name for name in done["files"] if (folder / name).is_file()}
-    return done, [n for n, digest in done["files"].items() if n not in there or sha256(folder / n) != digest]
+    return done if done and done.get("folder") == folder.name else None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Return which files of a run are damaged or not there, after reading all of them."""
+    done, there = read_done(folder), {path.name for path in folder.glob("*") if path.is_file()}
+    if done is None:
+        return list(there & {"done.json"})
+    return [n for n, digest in done["files"].items() if n not in there or sha256(folder / n) != digest]
 
 
 def is_trained(comparison: Comparison, run: Run) -> bool:
     """Tell whether a run is trained to its end and all it left behind is whole."""
-    done, damaged = read_done(comparison.folders[run])
-    return done is not None and not [name for name in damaged if not name.startswith("testing-")]
+    folder = comparison.folders[run]
+    return read_done(folder) is not None and all(n.startswith("testing-") for n in damaged_files(folder))
 
 
 def is_complete(comparison: Comparison, run: Run) -> bool:
     """Tell whether a run is trained, and has predicted TestingData as it is now."""
-    done, damaged = read_done(comparison.folders[run])
-    if done is None or damaged:
+    done = read_done(comparison.folders[run])
+    if done is None or damaged_files(comparison.folders[run]):
         return False
     return run.control or comparison.slices.testing.empty or comparison.testing_file(run) in done["files"]
 
@@ -183,7 +184,7 @@ def remove_damaged(comparison: Comparison) -> list[str]:
     """Remove what is damaged of finished runs, and return a line for each; it will be made again."""
     lines = []
     for folder in comparison.folders.values():
-        done, damaged = read_done(folder)
+        done, damaged = read_done(folder), damaged_files(folder)
         for name in damaged:
             (folder / name).unlink(missing_ok=True)
         if done and damaged and all(name.startswith("testing-") for name in damaged):
@@ -223,21 +224,15 @@ def finish_run(
     settings, slices, folder = comparison.settings, comparison.slices.training, comparison.folders[run]
     classes = comparison.slices.classes
     labels = slices["label"].map(classes.index).to_numpy(copy=True)
+    data, images = settings.data / run.variant, list(slices["image"])
+    cached = fits_in_memory(settings, data / images[0], len(images))
+    pictures = Pictures(data, images, settings, comparison.seed(run), cached)
+    train, held_out = comparison.split(run)
     job = RunInput(
-        folder=folder,
-        pictures=settings.data / run.variant,
-        images=tuple(slices["image"]),
-        labels=labels,
-        classes=len(classes),
-        train=comparison.split(run)[0],
-        held_out=comparison.split(run)[1],
-        seed=comparison.seed(run),
-        settings=settings,
-        weights=comparison.weights,
-        ends=ends,
+        folder, pictures, labels, len(classes), train, held_out, settings, comparison.weights, ends
     )
     trainer, history, found = train_run(job, speed, device, tell)
-    rows = slices.iloc[job.held_out][["image", "label"]]
+    rows = slices.iloc[held_out][["image", "label"]]
     write_csv(folder / "predictions.csv", prediction_table(rows, found, classes))
     write_csv(folder / "history.csv", pd.DataFrame(history))
     save_weights(folder / "last.pt", half_weights(trainer.network))
@@ -293,8 +288,8 @@ def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray, classes: tup
 
 def read_note(comparison: Comparison, run: Run) -> dict[str, Any]:
     """Return what a finished run noted; ValueError that names the file where there is no whole one."""
-    done, _ = read_done(comparison.folders[run])
-    return done or refuse(comparison.folders[run] / "done.json")
+    folder = comparison.folders[run]
+    return read_done(folder) or refuse(folder / "done.json")
 
 
 def read_result(comparison: Comparison, run: Run, name: str) -> bytes:

@@ -10,30 +10,16 @@ from typing import Annotated, Any, Literal
 from dask.system import CPU_COUNT
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
-from step2.variants import require
+from step2.variants import entries, require
 
 
 def as_tuple(value: Any) -> Any:
     """Return rates as a tuple: papermill gives a number, a list, or text such as "6e-5,3e-5"."""
-    value = value.split(",") if isinstance(value, str) else value
-    parts = value if isinstance(value, list | tuple) else [value]
-    return tuple(float(part) if isinstance(part, str) else part for part in parts)
+    return tuple(float(part) if isinstance(part, str) else part for part in entries(value))
 
 
 FolderPath = Annotated[Path, Strict(False)]  # text will do
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple)]
-ModelName = Literal[
-    "efficientnet-b0",
-    "efficientnet-b1",
-    "efficientnet-b2",
-    "efficientnet-b3",
-    "efficientnet-b4",
-    "efficientnet-b5",
-    "efficientnet-b6",
-    "efficientnet-b7",
-    "efficientnet-b8",
-    "efficientnet-narrow",
-]
 
 FULL_NEEDS = 23e9  # bytes of GPU memory, what a card sold as 24 GB has; a step of 8 slices takes 15.5e9
 AFTERWARDS = " Then restart the kernel, which knows the old name still"
@@ -66,7 +52,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    model_name: ModelName
+    model_name: str = Field(pattern=r"^efficientnet-(b[0-8]|narrow)$", description="b0 to b8, or narrow")
     image_size: int = Field(ge=32, le=2048, description="pixels")
     epochs: int = Field(ge=1, le=10_000, description="passes over the training slices")
     batch_size: int = Field(ge=4, le=4096, description="batch norm needs some slices at a time")

@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 
 from step2.files import read_json, write_json
 from step2.settings import Settings
-from step2.training import Speed, Trainer, out_of_memory, release_memory, train_step
+from step2.training import Speed, Trainer, out_of_memory, train_step
 
 OUTPUTS = 6  # of the networks that are timed; the size of a classifier doesn't show
 WORTH_COMPILING_S = 60  # of all runs of a process; fewer are over before the network is compiled
@@ -115,7 +115,7 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
         if not pays:
             with suppress(AssertionError):  # in a thread, before PyTorch 2.14
                 torch.compiler.reset()  # its CUDA graphs keep their memory
-            release_memory(device)
+            torch.cuda.empty_cache()
     reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a process")
     return replace(best, compiled=pays, reasons=tuple(reasons))
 
@@ -131,7 +131,7 @@ def what_fits(settings: Settings, base: Speed, device: torch.device) -> tuple[Sp
             if not out_of_memory(err) or base.part == 1:
                 raise
         base = replace(base, part=math.ceil(base.part / 2))
-        release_memory(device)
+        torch.cuda.empty_cache()
 
 
 def time_steps(settings: Settings, speed: Speed, device: torch.device) -> tuple[float, float]:

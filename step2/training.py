@@ -1,7 +1,6 @@
 """One training step, one epoch, one run from first to last epoch. A run's numbers depend on this file."""
 
 import io
-import json
 import math
 import time
 from collections import Counter
@@ -14,22 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch.nn import functional as F
 
 from step2.files import read_sealed, write_content, write_sealed
 from step2.network import InitialWeights, batch_norm_momentum, build_network, learning_rate, load_initial
-from step2.pictures import (
-    Batch,
-    Pictures,
-    fits_in_memory,
-    in_order,
-    load,
-    normalise,
-    shuffled,
-    steps_per_epoch,
-)
+from step2.pictures import Batch, Pictures, in_order, load, normalise, shuffled, steps_per_epoch
 from step2.settings import Recipe, Settings
 from step2.variants import require
 
@@ -134,19 +123,13 @@ def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, r
         trainer.part = math.ceil(trainer.part / 2)
         if trainer.compiled_for:
             torch.compiler.reset()  # its CUDA graphs keep their memory, and are for more slices
-        release_memory(trainer.device)
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(err: Exception) -> bool:
     """Tell whether an error means that memory ended, on a GPU or here."""
     signs = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
     return isinstance(err, torch.OutOfMemoryError) or any(sign in str(err) for sign in signs)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back the GPU memory that is not in use."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -191,19 +174,18 @@ def train_epoch(
 
 @dataclass(frozen=True)
 class RunInput:
-    """What one run is made of. labels: int (n,) of all slices, 0 to classes - 1; train, held_out: positions.
+    """What one run is made of. pictures, labels, int (n,) of 0 to classes - 1: of all slices; train, held_out:
+    positions. The pictures' seed is that of weights and order too.
 
     ends: when training has to be over, in seconds since 1970.
     """
 
     folder: Path
-    pictures: Path
-    images: tuple[str, ...]
+    pictures: Pictures
     labels: np.ndarray
     classes: int
     train: np.ndarray
     held_out: np.ndarray
-    seed: int
     settings: Settings
     weights: InitialWeights
     ends: float = math.inf
@@ -221,9 +203,8 @@ def train_run(
     cost two epochs, as one's checkpoint is written while the next one trains.
     """
     settings, size, threads = run.settings, run.settings.batch_size, run.settings.workers
-    torch.manual_seed(run.seed)
-    cached = fits_in_memory(settings, run.pictures / run.images[0], len(run.images))
-    pictures = Pictures(run.pictures, run.images, settings, run.seed, cached)
+    pictures, seed = run.pictures, run.pictures.seed
+    torch.manual_seed(seed)
     steps, held_out = steps_per_epoch(len(run.train), size), in_order(run.held_out, size)
     momentum = batch_norm_momentum(steps * settings.epochs)
     trainer = Trainer(settings, speed, momentum, device, run.classes)
@@ -234,7 +215,7 @@ def train_run(
     tell = tell_until(run.ends, tell)
     with written_beside(partial(write_checkpoint, path)) as write:
         for epoch in epochs_in_time(history, settings.epochs, run.ends):
-            batches = load(pictures, shuffled(run.train, size, run.seed, epoch), threads)
+            batches = load(pictures, shuffled(run.train, size, seed, epoch), threads)
             row = train_epoch(trainer, batches, steps, truth, epoch, tell)
             row |= {"val_loss": None, "val_accuracy": None}
             if is_judged(epoch, settings.epochs):
@@ -244,7 +225,7 @@ def train_run(
                 if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
                     trainer.best = half_weights(trainer.network)
             history.append(row)
-            write(*snapshot(trainer, history))
+            write(snapshot(trainer, history))
     return trainer, history, predict(trainer, load(pictures, held_out, threads))
 
 
@@ -297,29 +278,23 @@ def is_judged(epoch: int, epochs: int) -> bool:
     return (epochs - 1 - epoch) % max(1, epochs // CURVE_POINTS) == 0
 
 
-def save_checkpoint(path: Path, trainer: Trainer, history: list[dict]) -> None:
-    """Write all that the next epoch depends on."""
-    write_checkpoint(path, *snapshot(trainer, history))
-
-
-def snapshot(trainer: Trainer, history: list[dict]) -> tuple[dict[str, torch.Tensor], str]:
-    """Return copies of all that the next epoch depends on, tensors and JSON; rates, order and augmentation
-    follow from its number. A few long vectors: hundreds of small ones take much longer to write."""
-    device, tensors = trainer.device, joined("model", trainer.network.state_dict().values())
+def snapshot(trainer: Trainer, history: list[dict]) -> dict[str, Any]:
+    """Return copies of all that the next epoch depends on; rates, order and augmentation follow from its number.
+    A few long vectors: hundreds of small ones take much longer to write."""
+    kept = {"history": list(history), "part": trainer.part, "scaler": trainer.scaler.state_dict()}
+    kept |= {"random": torch.get_rng_state()} | joined("model", trainer.network.state_dict().values())
+    if trainer.device.type != "cpu":
+        kept["random_device"] = torch.get_device_module(trainer.device).get_rng_state()
     state = trainer.optimizer.state_dict()["state"]  # empty, if fp16 skipped each step so far
     moments = [state[number] for number in sorted(state)]
     for name in moments[0] if moments else ():
-        tensors |= joined(f"optimizer {name}", (moment[name] for moment in moments))
-    tensors |= joined("best", trainer.best.values()) | {"random": torch.get_rng_state()}
-    if device.type != "cpu":
-        tensors["random_device"] = torch.get_device_module(device).get_rng_state()
-    noted = {"history": history, "part": trainer.part, "scaler": trainer.scaler.state_dict()}
-    return tensors, json.dumps(noted)
+        kept |= joined(f"optimizer {name}", (moment[name] for moment in moments))
+    return kept | joined("best", trainer.best.values())
 
 
-def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], noted: str) -> None:
-    """Write a snapshot as safetensors, in which nothing can be run."""
-    write_sealed(path, safetensors.torch.save(tensors, {"noted": noted}))
+def write_checkpoint(path: Path, kept: dict[str, Any]) -> None:
+    """Write a snapshot."""
+    write_sealed(path, packed(kept))
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
@@ -329,26 +304,25 @@ def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
         if path.exists():
             print(f"{path} is damaged: this run starts again at its first epoch", flush=True)
         return []
-    tensors = safetensors.torch.load(content)
-    noted = json.loads(read_metadata(content)["noted"])
-    trainer.network.load_state_dict(parted("model", tensors, trainer.network.state_dict()))
+    kept = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # nothing in it is run
+    trainer.network.load_state_dict(parted("model", kept, trainer.network.state_dict()))
     weights = dict(enumerate(trainer.optimizer.param_groups[0]["params"]))
     state: dict[int, dict[str, torch.Tensor]] = {number: {} for number in weights}
-    for name in {key.split()[1] for key in tensors if key.startswith("optimizer")}:
+    for name in {key.split()[1] for key in kept if key.startswith("optimizer")}:
         like = {number: torch.zeros(()) for number in weights} if name == "step" else weights
-        for number, value in parted(f"optimizer {name}", tensors, like).items():
+        for number, value in parted(f"optimizer {name}", kept, like).items():
             state[number][name] = value
     groups = trainer.optimizer.state_dict()["param_groups"]  # they follow from the settings
     trainer.optimizer.load_state_dict({"state": state if state[0] else {}, "param_groups": groups})
-    if noted["scaler"]:
-        trainer.scaler.load_state_dict(noted["scaler"])
-    torch.set_rng_state(tensors["random"])
-    if "random_device" in tensors and trainer.device.type != "cpu":
-        torch.get_device_module(trainer.device).set_rng_state(tensors["random_device"])
-    if any(key.startswith("best") for key in tensors):
-        trainer.best = parted("best", tensors, half_weights(trainer.network))
-    trainer.part = noted["part"]
-    return noted["history"]
+    if kept["scaler"]:
+        trainer.scaler.load_state_dict(kept["scaler"])
+    torch.set_rng_state(kept["random"])
+    if "random_device" in kept and trainer.device.type != "cpu":
+        torch.get_device_module(trainer.device).set_rng_state(kept["random_device"])
+    if any(key.startswith("best") for key in kept):
+        trainer.best = parted("best", kept, half_weights(trainer.network))
+    trainer.part = kept["part"]
+    return kept["history"]
 
 
 def joined(kind: str, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -376,12 +350,6 @@ def parted(
     return found
 
 
-def read_metadata(content: bytes) -> dict[str, str]:
-    """Return the metadata of safetensors: JSON, after its length in eight bytes (safetensors' format)."""
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length])["__metadata__"]
-
-
 def half_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the weights for later use: convolutions as float16, half the size; the rest as is."""
     kept = {key: value.half() if value.ndim > 1 else value for key, value in network.state_dict().items()}
@@ -390,6 +358,11 @@ def half_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write weights, atomically."""
+    write_content(path, packed(weights))
+
+
+def packed(kept: dict[str, Any]) -> bytes:
+    """Return what torch.save makes of a dict."""
     buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    write_content(path, buffer.getvalue())
+    torch.save(kept, buffer)
+    return buffer.getvalue()

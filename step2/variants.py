@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from Step1_Image_Preprocessing import BUNDLES, EXTRA_VARIANTS, KNOWN_VARIANTS, VARIANTS, single_steps
 
@@ -19,6 +20,12 @@ def require(condition: object, sentence: str) -> None:
     """Raise ValueError with this sentence unless the condition holds."""
     if not condition:
         raise ValueError(sentence)
+
+
+def entries(value: Any) -> list:
+    """Return the entries of a list or of text such as "0,2", or the one number that papermill makes of "3"."""
+    value = value.split(",") if isinstance(value, str) else value
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def step_pairs(variants: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
@@ -62,7 +69,7 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
         others = ", or set the parameter variants to 'all'" if found else ""
         require(chosen, f"{data} has no variant folder with a TrainingData: {make}{others}")
         return tuple(chosen)
-    asked = [part.strip() for part in (wanted.split(",") if isinstance(wanted, str) else _texts(wanted))]
+    asked = [str(entry).strip() for entry in entries(wanted)]
     require(asked, "variants: the list is empty, name at least one folder, or None for the usual ones")
     chosen = []
     for text in asked:
@@ -72,11 +79,3 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
         require(match[0] in found, f"{data / match[0]} has no TrainingData: {make} --variants {match[0]}")
         chosen.append(match[0])
     return tuple(name for name in known if name in chosen)
-
-
-def _texts(wanted: object) -> list[str]:
-    """Return the entries of a list, or the one number that papermill makes of -p variants 3, as texts."""
-    entries = wanted if isinstance(wanted, list | tuple) else [wanted]
-    fit = all(isinstance(entry, str | int) and not isinstance(entry, bool) for entry in entries)
-    require(fit, f"variants = {wanted!r}: set folder names or their numbers, such as '0,2'")
-    return [str(entry) for entry in entries]

@@ -11,11 +11,10 @@ from step2_helpers import SIZE, make_settings, png, write_pictures
 from step2.pictures import (
     Pictures,
     augment,
-    check_channels,
     fits_in_memory,
     in_order,
     load,
-    pictures_digest,
+    pictures_digests,
     read_content,
     read_png,
     shuffled,
@@ -93,12 +92,12 @@ def test_grey_is_one_channel(tmp_path, content):
 def test_variant_that_mixes_grey_and_colour_is_refused_with_a_picture_of_each(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(np.zeros((4, 4), np.uint8)))
-    check_channels(tmp_path, ["a.png", "b.png"])
+    pictures_digests(tmp_path, ["a.png", "b.png"])
     (tmp_path / "c.png").write_bytes(colour_png(4, 4))
     with pytest.raises(
         ValueError, match=r"mixes grey pictures \(a\.png\) and colour \(c\.png\): delete the f"
     ):
-        check_channels(tmp_path, ["a.png", "b.png", "c.png"])
+        pictures_digests(tmp_path, ["a.png", "b.png"], ["c.png"])
 
 
 def test_channels_become_the_picture_again():
@@ -112,8 +111,8 @@ def test_digest_follows_names_and_bytes(tmp_path):
     for name, grey in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
         (tmp_path / name).write_bytes(png(np.full((4, 4), grey, np.uint8)))
     names = (["a.png"], ["b.png"], ["c.png"], ["a.png", "b.png"], ["b.png", "a.png"])
-    assert len({pictures_digest(tmp_path, some) for some in names}) == 5
-    assert pictures_digest(tmp_path, ["a.png"]) == pictures_digest(tmp_path, ["a.png"])
+    assert len(set(pictures_digests(tmp_path, *names))) == 5
+    assert pictures_digests(tmp_path, ["a.png"]) == pictures_digests(tmp_path, ["a.png"])
 
 
 # ---------------------------------------- augmentation

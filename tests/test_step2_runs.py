@@ -358,10 +358,10 @@ def test_each_run_says_what_made_it(data, tmp_path):
 def test_checkpoints_are_written_beside_training_each_of_its_own_epoch(data, tmp_path, monkeypatch):
     write, written, trained = training.write_checkpoint, [], []
 
-    def slowly(path, tensors, noted):
+    def slowly(path, kept):
         time.sleep(0.2)  # longer than an epoch
-        written.append((len(json.loads(noted)["history"]), len(trained)))
-        write(path, tensors, noted)
+        written.append((len(kept["history"]), len(trained)))
+        write(path, kept)
 
     train_epoch = training.train_epoch
     monkeypatch.setattr(training, "write_checkpoint", slowly)
@@ -371,7 +371,7 @@ def test_checkpoints_are_written_beside_training_each_of_its_own_epoch(data, tmp
     assert [begun for _, begun in written] == [2, 3, 4, 4]
 
 
-def no_room(path: Path, tensors: dict, noted: str) -> None:
+def no_room(path: Path, kept: dict) -> None:
     """Write a checkpoint to a disk that is full."""
     raise OSError(errno.ENOSPC, "the disk is full")
 

@@ -31,7 +31,10 @@ def data(tmp_path_factory):
         ({"image_size": 16}, r"^image_size = 16: should be greater than or equal to 32 \(pixels\)$"),
         ({"repeats": -1}, "^repeats = -1: should be greater than or equal to 1"),
         ({"seed": "one"}, "^seed = 'one': should be a valid integer"),
-        ({"model_name": "resnet"}, "^model_name = 'resnet': should be 'efficientnet-b0', "),
+        (
+            {"model_name": "resnet"},
+            r"^model_name = 'resnet': should match .*efficientnet-.* \(b0 to b8, or narrow\)$",
+        ),
         (
             {"weights": "nowhere.pt"},
             "^weights = 'nowhere.pt': no such file; or choose of auto, imagenet, none$",
@@ -132,9 +135,9 @@ def test_one_variant_is_chosen_by_name_or_number(data, wanted):
             "2",
             r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --variants 2_ROI\+CLAHE$",
         ),
-        (0.4, r"^variants = 0\.4: set folder names or their numbers, such as '0,2'$"),
-        ([0.4], r"^variants = \[0\.4\]: set folder names or their numbers"),
-        (True, "^variants = True: set folder names or their numbers"),
+        (0.4, r"^variants: '0\.4' unknown, choose of 0_Dicom2PNG, .*, or their numbers$"),
+        ([0.4], r"^variants: '0\.4' unknown, choose of 0_Dicom2PNG"),
+        (True, "^variants: 'True' unknown, choose of 0_Dicom2PNG"),
     ],
 )
 def test_wrong_variants_get_a_sentence(data, wanted, sentence):

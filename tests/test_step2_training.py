@@ -22,10 +22,10 @@ from step2.training import (
     is_judged,
     load_checkpoint,
     log_loss,
-    save_checkpoint,
     save_weights,
     snapshot,
     train_step,
+    write_checkpoint,
 )
 
 CPU = torch.device("cpu")
@@ -246,7 +246,7 @@ def saved(tmp_path):
     trainer, path = make_trainer(), tmp_path / "checkpoint.pt"
     trainer.part, trainer.best = 3, half_weights(trainer.network)
     train_step(trainer, *some_batch(), 1e-3)
-    save_checkpoint(path, trainer, [{"epoch": 1, "val_loss": 0.5}])
+    write_checkpoint(path, snapshot(trainer, [{"epoch": 1, "val_loss": 0.5}]))
     return trainer, path
 
 
@@ -267,7 +267,8 @@ def test_snapshot_stays_as_it_was_while_training_goes_on():
     trainer.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 6, bias=False))
     trainer.optimizer = torch.optim.AdamW(trainer.network.parameters())
     train_step(trainer, *some_batch(), 1e-3)
-    tensors, _ = snapshot(trainer, [{"epoch": 1}])
+    kept = snapshot(trainer, [{"epoch": 1}])
+    tensors = {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     train_step(trainer, *some_batch(), 1e-3)
     torch.rand(1)
@@ -278,7 +279,7 @@ def test_snapshot_stays_as_it_was_while_training_goes_on():
 def test_checkpoint_before_any_step_goes_on_as_well(tmp_path):
     """As where fp16 has skipped every step of the first epoch."""
     trainer, other = make_trainer(), make_trainer()
-    save_checkpoint(tmp_path / "checkpoint.pt", trainer, [{"epoch": 1}])
+    write_checkpoint(tmp_path / "checkpoint.pt", snapshot(trainer, [{"epoch": 1}]))
     assert load_checkpoint(tmp_path / "checkpoint.pt", other) == [{"epoch": 1}] and not other.best
     train_step(other, *some_batch(), 1e-3)
     train_step(trainer, *some_batch(), 1e-3)
@@ -311,7 +312,7 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     write_sealed(tmp_path / "checkpoint.pt", (tmp_path / "evil.pt").read_bytes())
-    with pytest.raises(Exception, match=r"(?i)header"):
+    with pytest.raises(Exception, match="Weights only load failed"):
         load_checkpoint(tmp_path / "checkpoint.pt", make_trainer())
     assert not (tmp_path / "ran").exists()
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.pictures import Pictures, augment, load, read_png, shuffled
 from step2.settings import Settings, read_settings
 from step2.speed import measure_speed, prepare_process, usual_speed, why_not_compile
-from step2.training import Speed, Trainer, save_checkpoint, train_epoch, train_step
+from step2.training import Speed, Trainer, snapshot, train_epoch, train_step, write_checkpoint
 
 OPTIONS = ("SiLU", "bf16", "channels_last", "fused", "compile")
 
@@ -136,7 +136,7 @@ def against_a_bare_loop(args: argparse.Namespace, device: torch.device) -> None:
         def epoch() -> None:
             batches = load(pictures, shuffled(np.arange(count), settings.batch_size, 0, 0), settings.workers)
             row = train_epoch(ours, batches, 2, truth, 0, lambda epochs: None)
-            save_checkpoint(Path(folder) / "checkpoint.pt", ours, [row])
+            write_checkpoint(Path(folder) / "checkpoint.pt", snapshot(ours, [row]))
 
         for _ in range(args.rounds):
             rates["a bare loop"].append(images_per_s(step, settings.batch_size, args.steps, device))
