@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, bootstrap_weights, patient_ids, sum_by_patient
 
@@ -55,7 +55,7 @@ class Estimates:
     @property
     def seen(self) -> tuple[float, float, float]:
         """The SD of one training and its 95 % interval, as reports show it; NaN where the table can't tell."""
-        chi2 = stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], max(self.freedom[1], 1))
+        chi2 = special.chdtri(max(self.freedom[1], 1), [ALPHA / 2, 1 - ALPHA / 2])
         ends = self.spread * self.freedom[1] / chi2
         sd, low, high = np.sqrt(np.maximum(np.r_[self.spread, ends] - self.sampling, 0))
         return float(sd), float(low), float(high)
@@ -81,7 +81,7 @@ class Estimates:
         difference = float(np.round(coefficients @ self.values, 12))
         sampling, luck, freedom = self.errors(coefficients)
         error = float(np.hypot(sampling, luck))
-        half = special.stdtrit(freedom, 1 - ALPHA / 2) * error  # Student's t, without scipy.stats' overhead
+        half = special.stdtrit(freedom, 1 - ALPHA / 2) * error  # Student's t
         p = 2 * special.stdtr(freedom, -abs(difference) / error)
         noise = np.maximum(self.spread - self.sampling, 0) * self.share * float(coefficients @ coefficients)
         return {
@@ -100,7 +100,7 @@ class Estimates:
         covariance = steps @ self.patients @ steps.T + luck * steps @ steps.T
         apart = steps @ self.values
         wald = float(apart @ np.linalg.pinv(covariance, hermitian=True) @ apart) / len(steps)
-        return float(stats.f.sf(wald, len(steps), freedom))
+        return float(special.fdtrc(len(steps), freedom, wald))
 
     def coefficients(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Return the coefficients of the mean difference, a minus b, of some pairs, float (k,)."""

@@ -22,6 +22,7 @@ from step2.network import build_network
 from step2.pictures import Pictures, load, normalise, shuffled
 from step2.settings import Settings
 from step2.speed import OUTPUTS, device_name, find_device, prepare_process, time_steps, usual_speed, what_fits
+from step2.training import out_of_memory
 
 # GPUs that are not here: memory bandwidth in GB/s, peak of half precision in TFLOP/s, memory in GB (data sheets)
 GPUS = {
@@ -102,7 +103,7 @@ def network_cost(settings: Settings, half: bool) -> Cost:
     ):
         network = build_network(settings, 0.1, OUTPUTS)
         network.train()(torch.empty(pictures, 3, settings.image_size, settings.image_size))
-    weights = count_weights(settings)
+    weights = sum(weight.numel() for weight in network.parameters())
     for weight in network.parameters():
         kept.pop(id(weight.untyped_storage()), None)
     saved = sum(storage.nbytes() for storage in kept.values()) - 2 * weights * half  # their copies in bf16
@@ -140,14 +141,15 @@ def part_that_fits(settings: Settings, cost: Cost, memory: float) -> int:
 
 
 def measure_paces(several: Sequence[Settings]) -> list[Pace]:
-    """Return the pace of each of the settings on this machine, in as many processes at once as will train.
+    """Return the pace of each of the settings on this machine, on a CPU in as many processes at once as will train.
 
     On a GPU only the first as it will train; the others without channels_last, for which cuDNN would build kernels
     for 5 to 17 s each. Without it a step took 1.1 to 1.7 times as long for a B7, 0.9 to 1.1 for the others (H100).
     """
     device = find_device()
     if device.type == "cuda":
-        return [pace_on_gpu(settings, device, settings is several[0]) for settings in several]
+        first, *others = several
+        return [pace_on_gpu(first, device, True), *(pace_if_it_fits(other, device) for other in others)]
     count = 1 if several[0].cluster else several[0].processes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, context.Barrier(count).wait) as pool:
@@ -207,6 +209,18 @@ def pace_on_gpu(settings: Settings, device: torch.device, channels_last: bool) -
     basis = f"timed on this {device_name(device)}, without {without}"
     weights = count_weights(settings)
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
+
+
+def pace_if_it_fits(settings: Settings, device: torch.device) -> Pace:
+    """Return the pace of what is only a choice on this GPU, without channels_last; NaN where memory ends."""
+    try:
+        return pace_on_gpu(settings, device, False)
+    except RuntimeError as err:
+        if not out_of_memory(err):
+            raise
+    torch.cuda.empty_cache()
+    basis = f"a single slice doesn't fit in the memory of this {device_name(device)}"
+    return Pace(count_weights(settings), math.nan, math.nan, math.nan, 0, basis)
 
 
 def time_loading(settings: Settings) -> float:

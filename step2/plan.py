@@ -3,16 +3,16 @@
     python -m step2.plan                                   # the pictures in data_preprocessing, this machine
     python -m step2.plan --profile full --slices 6000 --patients 2000 --gpu T4      # a machine that isn't here
 
-Hours come from training steps of the real network at its real size, timed on this device in as many processes
-as will train; where that can't be, from its floating-point operations or from what it moves through a GPU's
-memory, and the table says so. What it could find comes from the formulas of the statistics, under assumptions.
+Hours come from training steps of the real network at its real size, timed on this device (on a CPU in as
+many processes as will train); where that can't be, from its floating-point operations or from what it moves
+through a GPU's memory, and the table says so. What it could find comes from the formulas of the statistics, under assumptions.
 """
 
 import argparse
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,11 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     trained = min(steps * settings.batch_size, size.slices - held_out) * settings.epochs
     judged = held_out * sum(is_judged(epoch, settings.epochs) for epoch in range(settings.epochs))
     forward = replace(pace, train=pace.train / 3).seconds(settings.workers)
-    processes, basis = settings.processes, pace.basis
+    processes, basis = min(settings.processes, runs), pace.basis
     if settings.cluster:
         processes, basis = 1, f"{basis}; hours of one worker of the cluster, several share them"
-    seconds = runs * (trained * pace.seconds(settings.workers) + judged * forward) / processes
+    one_after_another = math.ceil(runs / processes)  # nine runs by eight processes take as long as sixteen
+    seconds = one_after_another * (trained * pace.seconds(settings.workers) + judged * forward)
     # of each run its last and best weights, of each process a checkpoint
     disk = (4 * runs + 14 * processes) * pace.weights
     tested = size.patients if folds > 1 else round(size.patients / 5)  # of a single split, one side
@@ -114,18 +115,22 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     }
 
 
-def room_here(settings: Settings) -> tuple[float, float]:
-    """Return the bytes that are free where results go, and of memory for each process: infinite on a GPU or a
-    cluster."""
+def room_here(settings: Settings, folders: Iterable[Path] = ()) -> tuple[float, float]:
+    """Return the bytes that are free where results go, or taken by weights of these folders' runs, and those of
+    memory for each process: infinite on a GPU or a cluster."""
     settings.results.mkdir(parents=True, exist_ok=True)
+    taken = sum(path.stat().st_size for folder in folders for path in folder.glob("*.pt"))
     memory = psutil.virtual_memory().available / settings.processes
-    return shutil.disk_usage(settings.results).free, math.inf if settings.gpus or settings.cluster else memory
+    disk = shutil.disk_usage(settings.results).free + taken
+    return disk, math.inf if settings.gpus or settings.cluster else memory
 
 
-def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = math.inf) -> list[str]:
+def plan_in_words(
+    table: pd.DataFrame, disk: float = math.inf, memory: float = math.inf, session: float | None = None
+) -> list[str]:
     """Return sentences about what is set, the plan's first row: what takes long, doesn't fit, or could find little.
 
-    disk, memory: as room_here tells.
+    disk, memory: as room_here tells. session: max_hours, where it is set.
     """
     row = table.iloc[0]
     hours, part, batch, finds = (row[name] for name in ("hours", "at_a_time", "batch_size", "detectable"))
@@ -134,8 +139,9 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
     trained = f"{row['runs']} runs train {row['pictures']:,} pictures in {took} ({row['basis']})"
     if hours > A_DAY:
         trained += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
-    sessions, weeks = math.ceil(hours / SESSION_H), hours / WEEK_H
-    ends = f"where a session ends after {SESSION_H} hours, that is {sessions} of them, and "
+    session = session or SESSION_H
+    sessions, weeks = math.ceil(hours / session), hours / WEEK_H
+    ends = f"where a session ends after {session:g} hours, that is {sessions} of them, and "
     ends += f"{weeks:.1f} weeks of {WEEK_H} GPU hours: set max_hours, and start again each time"
     too_large = "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
     in_parts = f"memory holds {part} of a batch's {batch} slices: it is taken in parts"
@@ -144,9 +150,10 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
     full = f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
     found = f"a difference of {finds:.1f} points in accuracy would be found in 8 of 10 such comparisons "
     found += "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
+    alone = "* a single split can't tell what a retraining moves: this is between its networks alone"
     said = {
         trained: True,
-        ends: hours > SESSION_H,
+        ends: hours > session,
         too_large: part < 1,
         in_parts: 1 <= part < batch,
         waits: row["trained_per_s"] > row["loaded_per_s"],
@@ -154,6 +161,7 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
         full: row["disk_gb"] * 1e9 > disk,
         "so few patients, or a single variant, could show no difference": np.isnan(finds),
         found: not np.isnan(finds),
+        alone: (table["folds"] * table["repeats"] == 1).any(),
     }
     return [sentence for sentence, holds in said.items() if holds]
 
@@ -161,12 +169,18 @@ def plan_in_words(table: pd.DataFrame, disk: float = math.inf, memory: float = m
 def plan_to_show(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns to read, rounded as far as they are known."""
     shown = table.set_index("choice")
-    return shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]].assign(
-        hours=shown["hours"].map(lambda hours: f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"),
-        **{"memory, GB": shown["memory_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
-        **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
-        **{"finds, points": shown["detectable"].map("{:.1f}".format).replace("nan", "-")},
-        known=shown["basis"],
+    finds = shown["detectable"].map("{:.1f}".format)
+    finds += np.where(shown["folds"] * shown["repeats"] == 1, " *", "")  # says nothing about trainings
+    return (
+        shown[["profile", "folds", "repeats", "slices", "patients", "runs", "pictures", "hours"]]
+        .assign(
+            hours=shown["hours"].map(lambda hours: f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"),
+            **{"memory, GB": shown["memory_gb"].map("{:.1f}".format), "at a time": shown["at_a_time"]},
+            **{"disk, GB": shown["disk_gb"].map("{:.1f}".format)},
+            **{"finds, points": finds},
+            known=shown["basis"],
+        )
+        .replace(["nan", "nan *"], "-")
     )
 
 
@@ -185,6 +199,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.patients and not args.slices:
         parser.error("--patients says whose slices they are: name --slices too")
+    if args.patients and args.patients > args.slices:
+        parser.error(f"{args.patients} patients of {args.slices} slices: each has one at least")
     try:
         gpus, memory = torch.cuda.device_count(), gpu_memory()
         if args.gpu:
@@ -200,7 +216,7 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         table = plan_table(settings, size, args.gpu)
         write_csv(args.results / "plan.csv", table)
-    except (OSError, ValueError, argparse.ArgumentTypeError) as err:
+    except (OSError, RuntimeError, ValueError, argparse.ArgumentTypeError) as err:
         sys.exit(str(err))
     print(f"{settings.profile} profile: {settings.why}")
     print(plan_to_show(table).to_string())

@@ -4,9 +4,11 @@ The plan speaks the language of estimates.py: a contrast's variance is that of t
 trainings, of which only an estimate will be known, so that the test is a t test with few degrees of freedom.
 """
 
+from bisect import bisect_left
+
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import special  # not scipy.stats: a second or two of every plan would be its import
 
 from step2.bootstrap import ALPHA, MIN_PATIENTS, POWER
 from step2.estimates import cautious, degrees_of_freedom, satterthwaite
@@ -16,7 +18,7 @@ QUANTILES = 60  # of a chi-squared variable, in its place; 200 move no result by
 
 def detectable_difference(error: pd.Series, freedom: pd.Series, comparisons: pd.Series) -> pd.Series:
     """Return the smallest true differences found with 80 % power, at ALPHA / comparisons (Bonferroni)."""
-    return (stats.t.ppf(1 - ALPHA / comparisons / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
+    return (special.stdtrit(freedom, 1 - ALPHA / comparisons / 2) + special.stdtrit(freedom, POWER)) * error
 
 
 def detectable_points(
@@ -51,8 +53,8 @@ def detectable_points(
     luck = 2 * (training_sd / 100) ** 2 / trainings if trainings > 1 else 0.0
     grouping = (1 + (slices - 1) * correlation) / (patients * slices)
     middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    known = stats.chi2.ppf(middles, freedom[0])[:, None] / freedom[0]
-    seen = stats.chi2.ppf(middles, freedom[1])[None] / freedom[1] if freedom[1] else np.zeros((1, 1))
+    known = special.chdtri(freedom[0], middles)[:, None] / freedom[0]
+    seen = special.chdtri(freedom[1], middles)[None] / freedom[1] if freedom[1] else np.zeros((1, 1))
 
     def power(difference: float) -> float:
         # exactly one is right on at least as many slices as the accuracies differ by
@@ -63,10 +65,10 @@ def detectable_points(
         spread = seen * (luck + once / repeats)
         luck_found = cautious(spread, once / repeats) if freedom[1] else np.zeros((1, 1))
         degrees = satterthwaite(sampling * known, luck_found, spread, freedom)
-        critical = stats.t.ppf(1 - ALPHA / (variants - 1) / 2, degrees)
+        critical = special.stdtrit(degrees, 1 - ALPHA / (variants - 1) / 2)
         reach = critical * np.sqrt(sampling * known + luck_found)
-        return float(stats.norm.cdf((difference - reach) / np.sqrt(sampling + luck)).mean())
+        return float(special.ndtr((difference - reach) / np.sqrt(sampling + luck)).mean())
 
     if power(1 - 1e-6) < POWER:
         return np.nan
-    return 100 * float(optimize.brentq(lambda d: power(d) - POWER, 0, 1 - 1e-6, xtol=1e-6))
+    return bisect_left(range(10**6), POWER, key=lambda millionths: power(millionths / 1e6)) / 1e4

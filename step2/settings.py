@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -137,7 +138,10 @@ def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:
-        return "quick", "there is no CUDA GPU"
+        unseen = (
+            "NVIDIA's driver is here, but this PyTorch sees no GPU: install one that was built for the driver"
+        )
+        return "quick", unseen if shutil.which("nvidia-smi") else "there is no CUDA GPU"
     has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
     if gpu_memory < FULL_NEEDS:
         return "medium", f"{has}, full is for 24 and more"

@@ -1,6 +1,9 @@
 """The plan before training: costs that were counted elsewhere, arithmetic by hand, and what it says in words."""
 
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -251,3 +254,67 @@ def test_loading_is_timed_where_opencv_can_write_to_no_path(monkeypatch):
     """As on Windows, where a user's name has other letters than ASCII's."""
     monkeypatch.setattr("cv2.imwrite", lambda *args: False)
     assert pace.time_loading(make_settings()) > 0
+
+
+@pytest.mark.parametrize(("variants", "processes", "times"), [(2, 8, 2), (2, 4, 3), (2, 64, 1), (7, 8, 3)])
+def test_hours_of_runs_that_are_no_multiple_of_the_processes(variants, processes, times):
+    """Three folds: nine runs by eight processes take as long as two runs one after the other."""
+    pace_, one = Pace(1000, 3.0, 1.0, 5e9, 30, "by hand"), make_settings(folds=3)
+    alone = plan_row("as set", one, Size(90, 63, variants), pace_)
+    several = plan_row("as set", make_settings(folds=3, processes=processes), Size(90, 63, variants), pace_)
+    assert several["hours"] == pytest.approx(times * alone["hours"] / alone["runs"])
+
+
+def test_other_profile_that_does_not_fit_on_this_gpu_is_a_row_and_no_crash(monkeypatch):
+    def measure(settings, device, channels_last):
+        if settings.profile == "full":
+            raise RuntimeError("memory ended with one slice at a time (CUDA out of memory): lower image_size")
+        return Pace(1000, 0.01, 0.001, 1e9, settings.batch_size, "timed")
+
+    monkeypatch.setattr(pace, "find_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(pace, "device_name", lambda device: "MX450")
+    monkeypatch.setattr(pace, "pace_on_gpu", measure)
+    table = plan_table(profile("medium"), Size(90, 63, 7))
+    shown = plan_to_show(table)
+    assert shown.loc["profile full", "hours"] == shown.loc["profile full", "memory, GB"] == "-"
+    assert "doesn't fit in the memory of this MX450" in shown.loc["profile full", "known"]
+    assert plan_in_words(table)[0].startswith("40 runs train")
+    with pytest.raises(RuntimeError, match="memory ended with one slice"):
+        plan_table(profile("full"), Size(90, 63, 7))
+
+
+def test_what_a_single_split_finds_is_marked_as_of_its_networks_alone():
+    rows = [row(), row(folds=1), row(folds=1, repeats=3), row(folds=1, detectable=np.nan)]
+    assert list(plan_to_show(pd.concat(rows))["finds, points"]) == ["9.0", "9.0 *", "9.0", "-"]
+    assert plan_in_words(pd.concat(rows))[-1].startswith(
+        "* a single split can't tell what a retraining moves"
+    )
+    assert not plan_in_words(row())[-1].startswith("*")
+
+
+def test_sessions_are_as_long_as_max_hours_says():
+    assert not [line for line in plan_in_words(row(hours=11.5)) if "session" in line]
+    (said,) = [line for line in plan_in_words(row(hours=11.5), session=11) if "session" in line]
+    assert said.startswith("where a session ends after 11 hours, that is 2 of them")
+
+
+def test_more_patients_than_slices_are_refused(tmp_path, monkeypatch):
+    given = ["plan", "--slices", "2000", "--patients", "6000", "--gpu", "T4", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        plan.main()
+
+
+def test_room_that_trained_runs_take_is_no_room_that_is_lacking(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    folder = tmp_path / "runs" / "0_Dicom2PNG" / "repeat1_fold1"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes(bytes(1000))
+    settings = make_settings(results=tmp_path)
+    assert plan.room_here(settings)[0] == 5000 and plan.room_here(settings, [folder])[0] == 6000
+
+
+def test_a_plan_does_not_wait_for_scipys_distributions():
+    """scipy.stats takes one to four seconds to import, in each process that times steps."""
+    told = "import sys, step2.plan; sys.exit('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

@@ -93,6 +93,15 @@ def test_gpu_memory_selects_the_profile_and_says_why(gpus, memory, profile):
     assert read_settings({"profile": "quick"}, gpus, memory).why == "asked for"
 
 
+def test_a_gpu_that_pytorch_does_not_see_is_no_missing_one(monkeypatch):
+    monkeypatch.setattr(
+        "step2.settings.shutil.which", lambda name: (name == "nvidia-smi" and "found") or None
+    )
+    assert "this PyTorch sees no GPU" in read_settings({}, gpus=0).why
+    monkeypatch.setattr("step2.settings.shutil.which", lambda name: None)
+    assert read_settings({}, gpus=0).why == "there is no CUDA GPU"
+
+
 def test_none_means_the_profiles_own_value():
     assert read_settings({"profile": "full", "epochs": None, "folds": 3}).changed() == {"folds": 3}
 
