@@ -5,7 +5,8 @@
 
 Hours come from training steps of the real network at its real size, timed on this device (on a CPU in as
 many processes as will train); where that can't be, from its floating-point operations or from what it moves
-through a GPU's memory, and the table says so. What it could find comes from the formulas of the statistics, under assumptions.
+through a GPU's memory, and the table says so. What it could find comes from the formulas of the statistics,
+under assumptions.
 """
 
 import argparse
