@@ -25,13 +25,12 @@ from distributed.scheduler import KilledWorker
 from tqdm.auto import tqdm
 
 from Step1_Image_Preprocessing import interrupts_blocked
-from step2.runs import Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
+from step2.runs import LOADED, Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.sessions import part_in_words, whole_part
 from step2.settings import Settings, is_watched
 from step2.training import OutOfTime
 from step2.variants import require
 
-TOPIC = "step2-progress"
 PATIENCE_S = 40  # without any worker, or without the scheduler, before giving up
 CONNECT_S = 20  # for a scheduler to answer
 LINE_EVERY_S = 60  # of progress, where nobody watches
@@ -90,7 +89,7 @@ def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress",
 
 def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, Any]:
     """Train a run in a Dask worker, and tell the notebook how far it is twice a second."""
-    same = comparison.code == code_digest()
+    same = comparison.code == LOADED
     require(same, "this worker has another version of step2/: start the workers again")
     cv2.setNumThreads(0)
     worker, told = get_worker(), 0.0
@@ -103,9 +102,14 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
             raise Stopped(f"{run} was withdrawn")
         if time.monotonic() - told > 0.5:
             told = time.monotonic()
-            worker.log_event(TOPIC, {"run": str(run), "epochs": epochs})
+            worker.log_event(topic_of(comparison), {"run": str(run), "epochs": epochs})
 
     return complete_run(comparison, run, tell, ends)
+
+
+def topic_of(comparison: Comparison) -> str:
+    """Return what the news of a comparison is called: a cluster may train for several notebooks."""
+    return f"step2-progress {comparison.settings.results}"
 
 
 @contextmanager
@@ -193,8 +197,9 @@ def train_on(
 
     The first one that runs out of time ends those that have not begun; the others train while they can.
     """
-    client.subscribe_topic(TOPIC, lambda event: progress.note(event[1]["run"], event[1]["epochs"]))
     order, sent = {"pure": False, "retries": 0}, with_whole_paths(comparison)
+    topic = topic_of(sent)
+    client.subscribe_topic(topic, lambda event: progress.note(event[1]["run"], event[1]["epochs"]))
     futures = {client.submit(train_on_worker, sent, run, ends, **order): run for run in waiting}
     seen = time.monotonic()
     try:
@@ -217,7 +222,7 @@ def train_on(
             progress.show()
             time.sleep(0.5)  # more often would take a tenth of a core from the training
     finally:
-        client.unsubscribe_topic(TOPIC)
+        client.unsubscribe_topic(topic)
         if futures and client.status == "running":
             client.cancel(list(futures), force=True)
 

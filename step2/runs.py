@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
@@ -31,10 +31,12 @@ from step2.settings import Settings
 from step2.slices import Slices
 from step2.speed import choose_speed, device_name, find_device, prepare_process
 from step2.training import RunInput, Speed, Tell, Trainer, half_weights, predict, save_weights, train_run
+from step2.variants import require
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
 PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
 TEXTS = dict.fromkeys(("image", "label", "predicted"), str)  # a class may be called 0
+CHANGED = "was changed since the notebook read it: run the notebook again from its first cell"
 NOT_JUDGED = {"val_loss": [""], "val_accuracy": [""]}  # of history.csv: epochs without a look at the held-out
 
 
@@ -56,11 +58,14 @@ def code_digest() -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
+LOADED = code_digest()  # of the code that this process runs, whatever the files say by now
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Everything that the runs share. fold_of: int (repeats, n), the fold of each training slice.
 
-    digests: {variant: hashes of its training and its testing pictures}; code: code_digest() where it was made.
+    digests: {variant: hashes of its training and its testing pictures}; code: a hash of what it is trained with.
     only: the (repeat, fold) that it consists of where time ended before the others; None is all.
     """
 
@@ -70,7 +75,7 @@ class Comparison:
     fold_of: np.ndarray
     weights: InitialWeights
     digests: dict[str, list[str]]
-    code: str = field(default_factory=code_digest)
+    code: str = LOADED
     only: tuple[tuple[int, int], ...] | None = None
 
     @property
@@ -144,6 +149,7 @@ def make_comparison(
     weights: InitialWeights,
 ) -> Comparison:
     """Return the comparison, after reading every picture; ValueError that names a missing or damaged one."""
+    require(code_digest() == LOADED, "step2/ was changed since it was loaded: restart the kernel")
     images = slices.training["image"], slices.testing["image"]
     digests = {variant: pictures_digests(settings.data / variant, *images) for variant in variants}
     return Comparison(settings, variants, slices, fold_of, weights, digests)
@@ -232,6 +238,9 @@ def finish_run(
         folder, pictures, labels, len(classes), train, held_out, settings, comparison.weights, ends
     )
     trainer, history, found = train_run(job, speed, device, tell)
+    if pictures_digests(data, images)[0] != comparison.digests[run.variant][0]:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        raise ValueError(f"{data} {CHANGED}")
     rows = slices.iloc[held_out][["image", "label"]]
     write_csv(folder / "predictions.csv", prediction_table(rows, found, classes))
     write_csv(folder / "history.csv", pd.DataFrame(history))
@@ -260,14 +269,17 @@ def finish_run(
 def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torch.device) -> None:
     """Write a trained run's probabilities for TestingData, and note them in done.json."""
     settings, images = comparison.settings, list(comparison.slices.testing["image"])
+    data = settings.data / run.variant
     folder, name = comparison.folders[run], comparison.testing_file(run)
     classes = comparison.slices.classes
     trainer = Trainer(settings, speed, 0.1, device, len(classes))
     load_last(comparison, run, trainer.network)
-    pictures = Pictures(settings.data / run.variant, images, settings)
+    pictures = Pictures(data, images, settings)
     batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size))
-    rows = comparison.slices.testing[["image"]]
-    write_csv(folder / name, prediction_table(rows, predict(trainer, batches), classes))
+    rows, found = comparison.slices.testing[["image"]], predict(trainer, batches)
+    same = pictures_digests(data, images)[0] == comparison.digests[run.variant][1]
+    require(same, f"{data} {CHANGED}")
+    write_csv(folder / name, prediction_table(rows, found, classes))
     done = read_json(folder / "done.json") or {}
     done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
     for old in folder.glob("testing-*.csv"):

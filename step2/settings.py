@@ -125,6 +125,9 @@ def read_settings(
         raise ValueError("\n".join(_sentence(dict(wrong)) for wrong in err.errors())) from None
     too_many = f"processes = {settings.processes}, but there are {gpus} GPUs: set processes to {gpus}"
     require(settings.cluster or settings.processes <= (gpus or settings.processes), too_many)
+    one_peak = settings.schedule == "steps" or len(settings.rates) == 1
+    peaks = f"rates = {settings.rates}: one cycle has one peak, set one rate, or schedule to 'steps'"
+    require(one_peak, peaks)
     known_weights = settings.weights in ("auto", "imagenet", "none") or Path(settings.weights).is_file()
     choice = "no such file; or choose of auto, imagenet, none"
     require(known_weights, f"weights = {settings.weights!r}: {choice}")

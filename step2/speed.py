@@ -89,6 +89,7 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     First what fits, then channels_last, then torch.compile, which has to earn back the time it takes.
     """
     best, slow = what_fits(settings, base, device)
+    steps *= math.ceil(settings.batch_size / best.part)  # what is timed is a part of one
     reasons = [*base.reasons, f"{best.part} slices at a time: they fit"]
     try:
         last, _ = time_steps(settings, replace(best, channels_last=True), device)

@@ -23,6 +23,7 @@ from step2.settings import Recipe, Settings
 from step2.variants import require
 
 LONGER = 1.1  # times the longest epoch so far: what the next one may take
+CALMER = "lower the profile's rates, or set mixed_precision to 'no'"
 CURVE_POINTS = 24  # of a held-out curve, at least, where there are as many epochs
 Tell = Callable[[float], None]  # is told the epochs done; may raise to stop the run
 
@@ -128,7 +129,8 @@ def train_step(trainer: Trainer, pictures: torch.Tensor, labels: torch.Tensor, r
 
 def out_of_memory(err: Exception) -> bool:
     """Tell whether an error means that memory ended, on a GPU or here."""
-    signs = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
+    on_cpus = ("can't allocate memory", "not enough memory")  # the latter on Windows
+    signs = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "ALLOC_FAILED", *on_cpus)
     return isinstance(err, torch.OutOfMemoryError) or any(sign in str(err) for sign in signs)
 
 
@@ -165,8 +167,7 @@ def train_epoch(
         seen += len(index)
         tell(epoch + (number + 1) / steps)
     (loss, right), spent = (total / seen).tolist(), time.perf_counter() - began
-    advice = "lower the profile's rates, or set mixed_precision to 'no'"
-    require(math.isfinite(loss), f"the training loss is {loss} in epoch {epoch + 1}: {advice}")
+    require(math.isfinite(loss), f"the training loss is {loss} in epoch {epoch + 1}: {CALMER}")
     speed = {"images_per_s": seen / spent, "seconds": spent}
     fit = {"train_loss": loss, "train_accuracy": right}
     return {"epoch": epoch + 1, **fit, "learning_rate": rate, **speed}
@@ -226,7 +227,9 @@ def train_run(
                     trainer.best = half_weights(trainer.network)
             history.append(row)
             write(snapshot(trainer, history))
-    return trainer, history, predict(trainer, load(pictures, held_out, threads))
+    found = predict(trainer, load(pictures, held_out, threads))
+    require(np.isfinite(found).all(), f"the last epoch's predictions are no numbers: {CALMER}")
+    return trainer, history, found
 
 
 @contextmanager

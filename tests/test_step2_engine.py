@@ -1,5 +1,6 @@
 """Who trains: one process, a Dask cluster here, one elsewhere; and what happens when processes are killed."""
 
+import math
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +20,7 @@ from distributed.scheduler import KilledWorker
 from jupyter_client.manager import start_new_kernel
 from step2_helpers import make_comparison_for, write_pictures
 
-from step2 import engine
+from step2 import engine, runs
 from step2.files import lock_results
 from step2.runs import Run, collect_predictions
 from step2.settings import read_settings
@@ -331,3 +333,19 @@ def test_no_time_is_said_before_anything_was_trained(data, tmp_path, monkeypatch
     clock[0] += 61
     progress.show()
     assert capsys.readouterr().out == "0 of 8 epochs\n"
+
+
+def test_worker_that_loaded_older_code_is_refused_though_it_was_sent_the_new(data, tmp_path, monkeypatch):
+    """Dask puts the new zip in front, and the modules that a worker has loaded stay."""
+    comparison = replace(make_comparison_for(data, tmp_path), code="of the new files")
+    for module in (engine, runs):
+        monkeypatch.setattr(module, "code_digest", lambda: comparison.code)
+    with pytest.raises(
+        ValueError, match="this worker has another version of step2/: start the workers again"
+    ):
+        engine.train_on_worker(comparison, comparison.runs[0], math.inf)
+
+
+def test_two_notebooks_on_one_cluster_hear_their_own_news(data, tmp_path):
+    one, other = (make_comparison_for(data, tmp_path / name) for name in ("a", "b"))
+    assert engine.topic_of(one) != engine.topic_of(other)

@@ -77,10 +77,40 @@ def test_who_trains_makes_no_other_run(data, tmp_path, given):
 
 
 def test_changed_code_makes_other_runs(data, tmp_path, monkeypatch):
-    before = make_comparison_for(data, tmp_path, ("1_ROI",))
+    before, digest = make_comparison_for(data, tmp_path, ("1_ROI",)), runs.code_digest()
     monkeypatch.setattr(runs, "CODE", ("pictures", "network"))
-    after = make_comparison_for(data, tmp_path, ("1_ROI",))
-    assert before.code != after.code and before.folders != after.folders
+    assert runs.code_digest() != digest == before.code
+    assert replace(before, code=runs.code_digest()).folders != before.folders
+
+
+def test_code_changed_since_it_was_loaded_asks_for_another_kernel(data, tmp_path, monkeypatch):
+    """The files are new, but this process would train with what it loaded, under the new code's hash."""
+    monkeypatch.setattr(runs, "code_digest", lambda: "of the changed files")
+    with pytest.raises(ValueError, match="step2/ was changed since it was loaded: restart the kernel"):
+        make_comparison_for(data, tmp_path, ("1_ROI",))
+
+
+@pytest.mark.parametrize("part", ["TrainingData", "TestingData"])
+def test_pictures_that_change_after_they_were_read_are_noticed(tmp_path, part):
+    """As where Step 1 runs with another window while the notebook trains."""
+    write_pictures(tmp_path / "data")
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "r", ("1_ROI",), folds=1)
+    first = next((tmp_path / "data/1_ROI" / part).rglob("*.png"))
+    first.write_bytes(cv2.imencode(".png", np.zeros((SIZE, SIZE), np.uint8))[1].tobytes())
+    with pytest.raises(ValueError, match=r"1_ROI was changed since the notebook read it: run the notebook"):
+        engine.train_all(comparison)
+    kept = {path.name for path in only_folder(tmp_path / "r").iterdir()}
+    assert not kept & {"checkpoint.pt", comparison.testing_file(comparison.runs[0])}
+
+
+def test_predictions_that_are_no_numbers_are_refused(data, tmp_path, monkeypatch):
+    """As where activations overflow in fp16, though the training loss, of batches' own norms, does not."""
+    predict = training.predict
+    monkeypatch.setattr(training, "predict", lambda *given: predict(*given) * np.nan)
+    with pytest.raises(
+        ValueError, match="last epoch's predictions are no numbers: lower the profile's rates"
+    ):
+        train(data, tmp_path / "r")
 
 
 def test_same_seed_for_all_variants_and_another_for_the_control(data, tmp_path):

@@ -32,6 +32,10 @@ def data(tmp_path_factory):
         ({"repeats": -1}, "^repeats = -1: should be greater than or equal to 1"),
         ({"seed": "one"}, "^seed = 'one': should be a valid integer"),
         (
+            {"rates": "6e-5,3e-5"},
+            r"^rates = \(6e-05, 3e-05\): one cycle has one peak, set one rate, or schedule to 'steps'$",
+        ),
+        (
             {"model_name": "resnet"},
             r"^model_name = 'resnet': should match .*efficientnet-.* \(b0 to b8, or narrow\)$",
         ),

@@ -22,6 +22,7 @@ from step2.training import (
     is_judged,
     load_checkpoint,
     log_loss,
+    out_of_memory,
     save_weights,
     snapshot,
     train_step,
@@ -336,3 +337,15 @@ def test_same_seed_for_all_variants_and_another_for_the_control(tmp_path):
     seeds = [comparison, replace(comparison, settings=comparison.settings.model_copy(update={"seed": 4}))]
     places = itertools.product((1, 2), (1, 2), (False, True))
     assert len({each.seed(Run("a", *place)) for place in places for each in seeds}) == 16
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+    ids=["CPU, Windows", "cuBLAS"],
+)
+def test_memory_that_ends_is_known_by_each_librarys_words(message):
+    assert out_of_memory(RuntimeError(message))
