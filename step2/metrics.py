@@ -242,7 +242,7 @@ def patient_counts(predictions: pd.DataFrame) -> PatientCounts:
 
 def class_warnings(predictions: pd.DataFrame, patient_level: bool = True) -> list[str]:
     """Return a sentence for each class with fewer than MIN_PATIENTS patients, or slices where unknown."""
-    word = "patients" if patient_level else "known patients and slices without one"
+    word = "patients" if patient_level else "patients, or slices of unknown ones"
     return [
         f"{name}: only {count} {word}, too few to speak about this class (under {MIN_PATIENTS})"
         if count

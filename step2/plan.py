@@ -140,10 +140,9 @@ def plan_in_words(
     trained = f"{row['runs']} runs train {row['pictures']:,} pictures in {took} ({row['basis']})"
     if hours > A_DAY:
         trained += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
-    session = session or SESSION_H
-    sessions, weeks = math.ceil(hours / session), hours / WEEK_H
-    ends = f"where a session ends after {session:g} hours, that is {sessions} of them, and "
-    ends += f"{weeks:.1f} weeks of {WEEK_H} GPU hours: set max_hours, and start again each time"
+    limit, advice = session or SESSION_H, "" if session else "set max_hours, and "
+    ends = f"where a session ends after {limit:g} hours, that is {math.ceil(hours / limit)} of them, and "
+    ends += f"{hours / WEEK_H:.1f} weeks of {WEEK_H} GPU hours: {advice}start again each time"
     too_large = "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
     in_parts = f"memory holds {part} of a batch's {batch} slices: it is taken in parts"
     waits = "loading pictures takes longer than training: raise workers"
@@ -151,10 +150,10 @@ def plan_in_words(
     full = f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
     found = f"a difference of {finds:.1f} points in accuracy would be found in 8 of 10 such comparisons "
     found += "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
-    alone = "* a single split can't tell what a retraining moves: this is between its networks alone"
+    alone = "* a single split can't tell what a retraining moves: so much between its trained networks alone"
     said = {
         trained: True,
-        ends: hours > session,
+        ends: hours > limit,
         too_large: part < 1,
         in_parts: 1 <= part < batch,
         waits: row["trained_per_s"] > row["loaded_per_s"],
@@ -162,7 +161,7 @@ def plan_in_words(
         full: row["disk_gb"] * 1e9 > disk,
         "so few patients, or a single variant, could show no difference": np.isnan(finds),
         found: not np.isnan(finds),
-        alone: (table["folds"] * table["repeats"] == 1).any(),
+        alone: (table["detectable"].notna() & (table["folds"] * table["repeats"] == 1)).any(),
     }
     return [sentence for sentence, holds in said.items() if holds]
 

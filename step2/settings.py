@@ -141,9 +141,7 @@ def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:
-        unseen = (
-            "NVIDIA's driver is here, but this PyTorch sees no GPU: install one that was built for the driver"
-        )
+        unseen = "nvidia-smi is here, but PyTorch sees no GPU: if there is one, install a PyTorch built for its driver"
         return "quick", unseen if shutil.which("nvidia-smi") else "there is no CUDA GPU"
     has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
     if gpu_memory < FULL_NEEDS:

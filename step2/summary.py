@@ -190,6 +190,7 @@ def testing_in_words(testing: pd.DataFrame) -> str:
     known = np.isfinite(patients)
     whose = f"{patients} patients" if known else "patients that nothing names"
     if both := testing["trained_on"].iloc[0]:
+        whose = whose if known else "patients who are not all known"
         whose += f", {both} of them in TrainingData too (optimistic)"
     elif known:
         whose += " that took part in nothing"

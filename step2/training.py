@@ -239,10 +239,10 @@ def written_beside(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
     with ThreadPoolExecutor(1) as thread:
         last = thread.submit(lambda: None)
 
-        def write_beside(*what: Any) -> None:
+        def write_beside(what: dict[str, Any]) -> None:
             nonlocal last
             last.result()
-            last = thread.submit(write, *what)
+            last = thread.submit(write, what)
 
         try:
             yield write_beside

@@ -241,4 +241,4 @@ def test_slices_of_partly_known_patients_are_counted():
     assert heads == ["healthy\n20 slices", "epidural\n20 slices"]
     few = table[~table["patient"].isin(["healthy 0", "healthy 1", "healthy 2"])]
     (warning,) = class_warnings(few, False)
-    assert "slices without one" in warning  # 14 slices: 6 known patients, 2 slices of nobody
+    assert "slices of unknown ones" in warning  # 14 slices: 6 known patients, 2 slices of nobody

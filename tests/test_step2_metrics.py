@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
-from step2_helpers import CLASSES, random_table
+from step2_helpers import CLASSES, prediction_table, random_table
 
 from step2.metrics import (
     auc_draws,
     calibration_error,
+    class_warnings,
     concordance,
     confusion_metrics,
     metric_interval,
@@ -96,3 +97,8 @@ def test_repeated_single_splits_have_the_accuracy_that_their_contrasts_compare()
     assert list(found) == pytest.approx(
         list((rows["label"] == rows["predicted"]).groupby(rows["variant"]).mean())
     )
+
+
+def test_slices_of_nobody_are_no_known_patients():
+    table = prediction_table({"a": ["healthy"] * 8}, ["healthy"] * 8, [""] * 8)
+    assert class_warnings(table, False)[0].startswith("healthy: only 8 patients, or slices of unknown ones")

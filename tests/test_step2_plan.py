@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from step2_helpers import make_settings, write_pictures
 
 from step2 import pace, plan
@@ -250,12 +251,6 @@ def test_unknown_gpu_is_told_which_are_known(monkeypatch, capsys):
     assert re.search(r"--gpu: invalid choice: 'T5' \(choose from '?T4'?, '?P100'?, ", capsys.readouterr().err)
 
 
-def test_loading_is_timed_where_opencv_can_write_to_no_path(monkeypatch):
-    """As on Windows, where a user's name has other letters than ASCII's."""
-    monkeypatch.setattr("cv2.imwrite", lambda *args: False)
-    assert pace.time_loading(make_settings()) > 0
-
-
 @pytest.mark.parametrize(("variants", "processes", "times"), [(2, 8, 2), (2, 4, 3), (2, 64, 1), (7, 8, 3)])
 def test_hours_of_runs_that_are_no_multiple_of_the_processes(variants, processes, times):
     """Three folds: nine runs by eight processes take as long as two runs one after the other."""
@@ -317,4 +312,13 @@ def test_room_that_trained_runs_take_is_no_room_that_is_lacking(tmp_path, monkey
 def test_a_plan_does_not_wait_for_scipys_distributions():
     """scipy.stats takes one to four seconds to import, in each process that times steps."""
     told = "import sys, step2.plan; sys.exit('scipy.stats' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=False).returncode == 0
+
+
+def test_note_on_single_splits_needs_a_mark():
+    assert not plan_in_words(pd.concat([row(), row(folds=1, detectable=np.nan)]))[-1].startswith("*")
+
+
+def test_max_hours_that_is_set_is_not_asked_for():
+    (said,) = [s for s in plan_in_words(row(hours=11.5), session=11) if "session" in s]
+    assert "set max_hours" not in said and said.endswith("start again each time")

@@ -101,7 +101,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_no_missing_one(monkeypatch):
     monkeypatch.setattr(
         "step2.settings.shutil.which", lambda name: (name == "nvidia-smi" and "found") or None
     )
-    assert "this PyTorch sees no GPU" in read_settings({}, gpus=0).why
+    assert "PyTorch sees no GPU: if there is one" in read_settings({}, gpus=0).why
     monkeypatch.setattr("step2.settings.shutil.which", lambda name: None)
     assert read_settings({}, gpus=0).why == "there is no CUDA GPU"
 

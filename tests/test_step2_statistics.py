@@ -538,3 +538,24 @@ def test_holm_is_not_blamed_for_a_single_comparison():
     row = contrast_table(compare(prediction_table(calls, labels, patients))).iloc[0]
     assert row["p_holm"] == row["p_value"] == 2 / 2**5 and row["ci_low"] > 0
     assert "apart, as too few patients differ: +25.0 points" in row["verdict"]
+
+
+def test_training_noise_that_outweighs_patients_is_not_said_to_be_outweighed():
+    """Two near-twins: training moves their difference more than the choice of patients does."""
+    table = random_table(60, 2, ALL_VARIANTS[:4], folds=3, seed=11)
+    two, own = (table[table["variant"] == name].reset_index(drop=True) for name in ALL_VARIANTS[2:4])
+    take = np.random.default_rng(11).random(len(two)) < 0.06
+    twin = pd.concat([two[~take], own[take]]).assign(variant=ALL_VARIANTS[3])
+    table = pd.concat([table[table["variant"] != ALL_VARIANTS[3]], twin])
+    contrasts = contrast_table(compare(table, n_draws=300))
+    assert (contrasts["training_error"] == 0).all()
+    assert (contrasts["seed_noise"] > contrasts["patient_error"]).any()
+    assert "outweighs" not in training_in_words(contrasts)
+
+
+def test_testing_patients_partly_known():
+    testing = pd.DataFrame({"image": [f"{i}.png" for i in range(24)], "label": "epidural"})
+    testing["patient"] = [f"P{i // 2}" if i < 22 else "" for i in range(24)]
+    found = testing[["image"]].assign(predicted="epidural", p_healthy=0.5, p_epidural=0.5)
+    said = summary.testing_in_words(score_testing({"a": found}, testing, ["P1"], n_draws=60))
+    assert "nothing names" not in said and "1 of them in TrainingData too" in said
