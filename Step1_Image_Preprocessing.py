@@ -837,7 +837,8 @@ def process(task: Task, settings: Settings) -> dict:
                 raise
             reason = f"takes over {MEMORY_LIMIT >> 30} GB of memory: export it again"
             row = {"status": "failed", "reason": reason}
-    return row | {"warnings": "; ".join(sorted({one_line(w.message) for w in caught}))}
+    texts = {str(w.message).replace(str(task.path), "...") for w in caught}  # no folders of this machine
+    return row | {"warnings": "; ".join(sorted(map(one_line, texts)))}
 
 
 # ---------------------------------------- many files: the ledger, what is known of each, on disk
@@ -1257,16 +1258,19 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
 
 
 def print_classes(ledger: sqlite3.Connection) -> None:
-    """Print how many slices of each class there are to train with, and what a comparison lacks."""
+    """Print how many slices (and patients) of each class there are to train with, and what a comparison lacks."""
     where = "split = 'train' AND status = 'ok'"
-    counts = dict(ledger.execute(f"SELECT label, count(*) FROM files WHERE {where} GROUP BY label"))
+    number = "count(*) || ' (' || count(DISTINCT nullif(patient, '')) || ')'"
+    counts = dict(ledger.execute(f"SELECT label, {number} FROM files WHERE {where} GROUP BY label"))
     if not counts:
         return
     lines = [f"{label} {counts[label]}" for label in class_order(counts)]
     more = len(lines) - CLASSES_SHOWN
-    print(f"training slices: {', '.join(lines[:CLASSES_SHOWN])}{f', and {more} classes more' * (more > 0)}")
+    print(
+        f"training slices (patients): {', '.join(lines[:CLASSES_SHOWN])}{f', and {more} classes more' * (more > 0)}"
+    )
     missing = [label for label in CLASSES if label not in counts]
-    if 0 < len(missing) < len(CLASSES):
+    if missing and set(counts) & set(CLASSES[1:]):  # healthy alone: another question, bleed or none
         print(f"note: no training slice of {', '.join(missing)}")
     if len(counts) == 1:
         print("note: one class is nothing to compare; put slices of another into TrainingData/<its name>/")
@@ -1283,7 +1287,7 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
         "without a usable window in the header, shown in the brain window": "window_source = 'default'",
         "with the 12-bit wrap, repaired": "hu_repaired = '1'",
         "blank, or nearly so": "blank = '1'",
-        "without PatientID": "status = 'ok' AND patient = ''",
+        "without PatientID, which makes all results slice-level: give them one": "status = 'ok' AND patient = ''",
         "with warnings, see manifest.csv": "warnings != ''",
     }
     for note, where in notes.items():

@@ -5,6 +5,8 @@ Taken in the deepest layer whose map is still ten cells wide, cell by cell (HiRe
 80 px.
 """
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -50,13 +52,18 @@ def grad_cam(network: torch.nn.Module, pictures: torch.Tensor, classes: torch.Te
 
 
 def draw_cams(comparison: Comparison, predictions: pd.DataFrame) -> plt.Figure:
-    """Draw a held-out slice of each class but healthy (columns) in each variant (rows) under its Grad-CAM."""
+    """Draw held-out slices of each class but healthy (columns) in each variant (rows) under their Grad-CAM.
+
+    Five columns or more, so that of one class of bleeds more than one patient is seen.
+    """
     variants, settings, classes = comparison.variants, comparison.settings, comparison.slices.classes
     repeat, fold = comparison.places[0]
     held_out = predictions[predictions["variant"] == variants[0]]
     held_out = held_out[(held_out["repeat"] == repeat) & (held_out["fold"] == fold)]
     bleeds = [name for name in classes if name != HEALTHY]
-    shown = held_out.groupby("label").nth(0).set_index("label").reindex(bleeds).dropna(subset="image")
+    one_each = held_out.drop_duplicates(["label", "patient"])
+    each = math.ceil(5 / len(bleeds))
+    shown = pd.concat([one_each[one_each["label"] == name].head(each) for name in bleeds]).set_index("label")
     truth = torch.tensor([classes.index(label) for label in shown.index])
     network, rows, maps = build_network(settings, 0.1, len(classes)), [], []
     for variant in variants:

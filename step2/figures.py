@@ -109,20 +109,27 @@ def draw_augmented(settings: Settings, variant: str, slices: pd.DataFrame, epoch
 def draw_rates(rates: Sequence[float], epochs: int) -> plt.Figure:
     """Draw the learning rate of each step by epoch."""
     figure, axis = plt.subplots(figsize=(5, 2.2), layout="constrained")
-    axis.step(np.arange(len(rates)) / len(rates) * epochs, rates, where="post", color="#0072B2")
+    axis.stairs(rates, np.linspace(0, epochs, len(rates) + 1), baseline=None, color="#0072B2")
     axis.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     return figure
 
 
-def draw_curve(axis: plt.Axes, runs: pd.DataFrame, column: str, color: str, label: str) -> None:
-    """Draw a column by epoch: a thin line for each fold, a thick one for their mean, its last value."""
-    runs = runs.dropna(subset=column)
-    for _, fold in runs.groupby(["repeat", "fold"]):
-        axis.plot(fold["epoch"], fold[column], color=color, lw=0.6, alpha=0.4)
-    mean = runs.groupby("epoch")[column].mean()
-    axis.plot(mean.index, mean, color=color, lw=1.8, label=label)
-    axis.annotate(f"{mean.iloc[-1]:.2f}", (mean.index[-1], mean.iloc[-1]), xytext=(2, 0), color=color,
-                  textcoords="offset points", fontsize=7, va="center", annotation_clip=False)  # fmt: skip
+def draw_curves(axis: plt.Axes, runs: pd.DataFrame, what: str, color: str) -> None:
+    """Draw training and held-out side of loss or accuracy by epoch: thin lines for folds, a thick one for their mean.
+
+    The last values stand at the ends, the higher above and the lower below, so that close ones can be read.
+    """
+    ends = []
+    for column, tint, label in ((f"train_{what}", "#999999", "training"), (f"val_{what}", color, "held out")):
+        known = runs.dropna(subset=column)
+        for _, fold in known.groupby(["repeat", "fold"]):
+            axis.plot(fold["epoch"], fold[column], color=tint, lw=0.6, alpha=0.4)
+        mean = known.groupby("epoch")[column].mean()
+        axis.plot(mean.index, mean, color=tint, lw=1.8, label=label)
+        ends.append((mean.iloc[-1], mean.index[-1], tint))
+    for (value, epoch, tint), side in zip(sorted(ends), ("top", "bottom"), strict=True):
+        axis.annotate(f"{value:.2f}", (epoch, value), xytext=(2, 0), color=tint, textcoords="offset points",
+                      fontsize=7, va=side, annotation_clip=False)  # fmt: skip
     axis.grid(alpha=0.3)
 
 
@@ -138,15 +145,14 @@ def draw_learning(
     figure, axes = plt.subplots(2, len(variants), figsize=inches, **how)
     for (loss, accuracy), variant in zip(axes.T, variants, strict=True):
         runs = history[(history["variant"] == variant) & ~history["control"].astype(bool)]
-        draw_curve(loss, runs, "train_loss", "#999999", "training")
-        draw_curve(loss, runs, "val_loss", "#D55E00", "held out")
-        draw_curve(accuracy, runs, "train_accuracy", "#999999", "training")
-        draw_curve(accuracy, runs, "val_accuracy", "#0072B2", "held out")
+        draw_curves(loss, runs, "loss", "#D55E00")
+        draw_curves(accuracy, runs, "accuracy", "#0072B2")
         loss.axhline(math.log(classes), color="#555555", ls=":", lw=1, label="guessing")
         accuracy.axhline(1 / classes, color="#555555", ls=":", lw=1, label="guessing")
         accuracy.set(ylim=(0, 1.03), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
-    highest = max(history["val_loss"].max(), math.log(classes))
+    ends = history.loc[history["epoch"] == history["epoch"].max(), "train_loss"]
+    highest = max(history["val_loss"].max(), ends.max(), math.log(classes))
     axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.05, 4)))
     axes[1, 0].set(ylabel="accuracy")
     for axis in axes[:, -1]:

@@ -21,7 +21,8 @@ def make_folds(slices: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
     advice = f"set folds to {fewest}, or " if 1 < fewest < folds else ""
     more = f"put more into TrainingData/{rarest}/, or take that folder away, and run Step1_Image_Preprocessing.py"
     lacks = f"{rarest} has {fewest} patient{'s' * (fewest > 1)} for {parts} folds"
-    require(fewest >= parts, f"{lacks}: {advice}{more}")
+    one = "; if an export gave all patients one PatientID, give each its own" * (fewest == 1)
+    require(fewest >= parts, f"{lacks}: {advice}{more}{one}")
     shuffles, person = [], pd.factorize(slices["patient"])[0]  # as pseudonyms differ between output folders
     for attempt in range(SHUFFLES):
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=(seed * 1009 + attempt) % 2**32)
@@ -30,8 +31,8 @@ def make_folds(slices: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
             fold_of[chosen] = fold
         shuffles.append(fold_of)
     best = min(shuffles, key=lambda fold_of: unevenness(slices, fold_of))  # the first of equals
-    if folds == 1:
-        best = (best != 0).astype(int)
+    if folds == 1:  # any of them: the first one always has the patient of the most slices
+        best = (best != np.random.default_rng(seed).integers(parts)).astype(int)
     check_folds(slices, best, folds)
     return best
 

@@ -1,5 +1,6 @@
 """Step 1's manifest: which slices there are, of which class and patient, and which are left out."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,20 +33,28 @@ class Slices:
         return order_classes(self.training["label"])
 
     def classes_in_words(self) -> str:
-        """Return which classes there are, and which one might have expected: RSNA's, where any of them is."""
-        expected = set(CLASSES) if set(CLASSES) & set(self.classes) else set()
+        """Return which classes there are, and which one might have expected: RSNA's, where a subtype is."""
+        expected = set(CLASSES) if set(CLASSES[1:]) & set(self.classes) else set()
         missing = order_classes(expected - set(self.classes) | set(self.unusable))
         lacks = f"; no usable slice of {', '.join(missing)}" if missing else ""
         return f"{len(self.classes)} classes: {', '.join(self.classes)}{lacks}"
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that makes results optimistic, or leaves them out."""
-        both = len((set(self.testing["patient"]) & set(self.training["patient"])) - {""})
-        unknown = "some slices have no patient in the manifest, so a patient may be on both sides of a "
-        lines = [] if self.patient_level else [unknown + "split: all results are slice-level, optimistic"]
-        if (self.testing["patient"] == "").any():
-            lines.append("some slices of TestingData have no patient: their test is slice-level, optimistic")
-        shared = f"{both} patients are in TrainingData and TestingData: the test is optimistic"
+        scored = self.testing.loc[self.testing["label"].isin(self.classes), "patient"]
+        both = len((set(scored) & set(self.training["patient"])) - {""})
+        unknown = int((self.training["patient"] == "slice " + self.training["image"]).sum())
+        optimistic = (
+            f"{unknown} of {len(self.training)} slices have no PatientID (their patient in the manifest is empty; "
+            f"give them one, or take them away, and {AGAIN}), so a patient may be on both sides of a split: "
+            "all results are slice-level, optimistic"
+        )
+        lines = [] if self.patient_level else [optimistic]
+        if (scored == "").any():
+            lines.append(
+                "some labelled slices of TestingData have no patient: their test is slice-level, optimistic"
+            )
+        shared = f"patients in both TrainingData and TestingData: {both}, so the test is optimistic"
         unknown_to_networks = self.testing["label"][~self.testing["label"].isin(["", *self.classes])]
         others = ", ".join(order_classes(unknown_to_networks))
         no_score = f"{len(unknown_to_networks)} slices of TestingData are not scored, nothing was trained on {others}"
@@ -117,6 +126,21 @@ def what_pictures(dataset: str, slices: Slices) -> str:
     phantoms = all(source.name.startswith("PHANTOM-") for source in sources)
     kaggle = all(source.parent.name.startswith("stage_2_train") for source in sources)
     return "phantoms" if phantoms else "RSNA-2019" if kaggle else ""
+
+
+def copies_in_words(slices: Slices, folder: Path) -> list[str]:
+    """Return a sentence where training slices are the same picture as one of another patient, class or split.
+
+    folder: a variant's pictures. The same pixels are the same bytes, and blank training slices are left out.
+    """
+    rows = pd.concat([slices.training, slices.testing], ignore_index=True)
+    rows["picture"] = [hashlib.sha256((folder / image).read_bytes()).digest() for image in rows["image"]]
+    rows = rows[rows["picture"].isin(rows["picture"].iloc[: len(slices.training)])]
+    whose = (rows["patient"] + "\0" + rows["label"]).groupby(rows["picture"]).transform("nunique")
+    images = list(rows.loc[whose > 1, "image"])
+    advice = f"a copy flatters, or contradicts itself; keep one of each, and {AGAIN}"
+    listed = f"{len(images)} pictures occur under more than one patient or class, such as {images[:2]}"
+    return [f"{listed}: {advice}"] if images else []
 
 
 def count_classes(slices: Slices) -> pd.DataFrame:

@@ -310,8 +310,9 @@ def score_testing(
 
     found: {variant: image, predicted, p_<class>}, in the order of testing. trained: patients of TrainingData.
     Columns: variant, slices, patients (NaN where some are unknown), trained_on (patients that are in both),
-    right, accuracy, ci_low, ci_high, and the difference to the baseline with its own interval. The intervals are
-    over patients, for these trained networks alone; NaN for fewer than 10 patients.
+    commonest (what always saying the commonest class gets), right, accuracy, ci_low, ci_high, and the difference
+    to the baseline with its own interval. The intervals are over patients, for these trained networks alone; NaN
+    for fewer than 10 patients.
     """
     classes = classes_of(next(iter(found.values()))) if found else ()
     labelled = testing["label"].isin(classes).to_numpy()
@@ -326,13 +327,20 @@ def score_testing(
     estimates = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
     rows, patients = [], np.nan if (where["patient"][labelled] == "").any() else cells.patients
     both = len(set(where["patient"][labelled]) & set(trained) - {""})
+    commonest = where["label"][labelled].value_counts(normalize=True).max()
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
         own = estimates.contrast(np.eye(len(correct.columns))[at])
         low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
             low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
-        row = {"variant": variant, "slices": count, "patients": patients, "trained_on": both}
+        row = {
+            "variant": variant,
+            "slices": count,
+            "patients": patients,
+            "trained_on": both,
+            "commonest": commonest,
+        }
         row |= {"right": round(value * count), "accuracy": value, "ci_low": low, "ci_high": high}
         if BASELINE in correct.columns and variant != BASELINE:
             apart = estimates.contrast(estimates.coefficients([(variant, BASELINE)]))

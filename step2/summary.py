@@ -1,6 +1,6 @@
 """The answer in words: half a page of Markdown, results/summary.md, and a sentence under each figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ def summarize(
     convergence: Sequence[str] = (),
     margin: float = EQUIVALENCE,
     part: str = "",
+    left_out: Mapping[str, int] | None = None,
 ) -> str:
     """Return the half-page summary, Markdown. convergence: the lines of convergence_lines.
 
@@ -46,7 +47,7 @@ def summarize(
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
         [f"**Which is best?** {best_in_words(best)}"],
-        data_lines(predictions, caption, patient_level, part),
+        data_lines(predictions, caption, patient_level, part, left_out or {}),
         ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence)],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
         [*contrast_lines(contrasts), "", f"Differences in accuracy{level}. {caption}."]
@@ -88,7 +89,9 @@ def detectable_text(primary: pd.DataFrame) -> str:
     )
 
 
-def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, part: str) -> list[str]:
+def data_lines(
+    predictions: pd.DataFrame, caption: str, patient_level: bool, part: str, left_out: Mapping[str, int]
+) -> list[str]:
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
     classes = classes_of(predictions)
@@ -100,12 +103,13 @@ def data_lines(predictions: pd.DataFrame, caption: str, patient_level: bool, par
         design = f"{part} of the cross-validation (an interim look: run the notebook again to train the rest)"
     unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
     if not patient_level:
-        unit, people = "No patient ids: all intervals are **slice-level, optimistic**.", ""
+        unit, people = "Patient ids are missing: all intervals are **slice-level, optimistic**.", ""
     warned = class_warnings(predictions, patient_level)
+    without = "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     return [
         f"**Data and settings.** {caption}. Tested: {predictions['image'].nunique()} slices{people}; "
         f"{guessing}; {design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all "
-        f"variants. {unit}",
+        f"variants. {unit}{f' Left out: {without}.' if without else ''}",
         *(["", *(f"* Warning: {line}." for line in warned)] if warned else []),
     ]
 
@@ -196,7 +200,9 @@ def testing_in_words(testing: pd.DataFrame) -> str:
         whose += " that took part in nothing"
     top = testing[testing["accuracy"] == testing["accuracy"].max()]
     lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
-    best = f"{', '.join(top['variant'])} got the most right ({100 * top['accuracy'].iloc[0]:.0f} %)"
+    who = "all variants" if len(top) == len(testing) > 1 else ", ".join(top["variant"])
+    best = f"{who} got the most right ({100 * top['accuracy'].iloc[0]:.0f} %"
+    best += f"; always saying the commonest class gets {100 * testing['commonest'].iloc[0]:.0f} %)"
     over = "patients" if known else "slices, optimistic"
     alone = f"; intervals are over {over}, for these trained networks alone"
     few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
@@ -307,5 +313,5 @@ def say_mistakes(mistakes: pd.DataFrame) -> str:
     low, high = 100 * mistakes["confidence"].min(), 100 * mistakes["confidence"].max()
     return (
         f"Said with {low:.0f} to {high:.0f} % confidence; {label} called {called}: {kinds.max()} of "
-        f"{len(mistakes)}, and no confusion is more frequent."
+        f"{len(mistakes)}, and no confusion is more frequent. `mistakes.csv` names the files in this order."
     )

@@ -444,7 +444,9 @@ def test_any_folder_below_trainingdata_is_a_class(tmp_path, capsys):
     raw = make_classes(tmp_path / "raw", "Stroke", "no stroke", "脑出血")
     assert run(raw) == 0
     assert set(classes_of(raw).values()) == {"Stroke", "no stroke", "脑出血"}
-    assert "training slices: Stroke 1, no stroke 1, 脑出血 1\n" in capsys.readouterr().out
+    assert (
+        "training slices (patients): Stroke 1 (1), no stroke 1 (1), 脑出血 1 (1)\n" in capsys.readouterr().out
+    )
 
 
 def test_usual_classes_keep_their_order_and_spelling_and_others_follow(tmp_path, capsys):
@@ -452,7 +454,7 @@ def test_usual_classes_keep_their_order_and_spelling_and_others_follow(tmp_path,
     assert run(raw) == 0
     assert classes_of(raw)["TrainingData/Epidural/a.dcm"] == "epidural"
     lines = capsys.readouterr().out.splitlines()
-    assert "training slices: healthy 1, epidural 1, abscess 1, tumor 1" in lines
+    assert "training slices (patients): healthy 1 (1), epidural 1 (1), abscess 1 (1), tumor 1 (1)" in lines
     missing = "note: no training slice of intraparenchymal, intraventricular, subarachnoid, subdural"
     assert [line for line in lines if "intraparenchymal" in line] == [missing]
     assert preview_tiles(raw, 4, 7).any()
@@ -464,7 +466,7 @@ def test_class_of_letters_that_the_console_lacks_is_no_obstacle(tmp_path):
     console = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, env=console, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "training slices: other 1, \\u8111\\u51fa\\u8840 1" in done.stdout
+    assert "training slices (patients): other 1 (1), \\u8111\\u51fa\\u8840 1 (1)" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they are one folder")
@@ -485,14 +487,14 @@ def test_class_whose_every_file_is_refused_counts_as_missing(raw, capsys):
     (raw / "TrainingData" / "healthy" / "a.dcm").write_bytes(b"damaged")
     assert run(raw) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "training slices: subdural 1, epidural 1" in lines
+    assert "training slices (patients): subdural 1 (1), epidural 1 (1)" in lines
     assert any(line.startswith("note: no training slice of healthy, ") for line in lines)
 
 
 def test_many_classes_are_counted_and_not_all_named(tmp_path, capsys):
     raw = make_classes(tmp_path / "raw", *(f"p{number:02}" for number in range(15)))
     assert run(raw, "--variants", "0") == 0
-    assert "p10 1, p11 1, and 3 classes more\n" in capsys.readouterr().out
+    assert "p10 1 (1), p11 1 (1), and 3 classes more\n" in capsys.readouterr().out
     assert preview_tiles(raw, 12, 1).any()
 
 
@@ -892,3 +894,24 @@ def test_script_runs_where_output_is_no_terminals(monkeypatch):
     monkeypatch.setattr("sys.argv", ["Step1_Image_Preprocessing.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(ROOT / "Step1_Image_Preprocessing.py"), run_name="__main__")
+
+
+def test_patients_of_each_class_are_counted_and_a_shared_patientid_shows(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    for i, (label, patient) in enumerate(
+        [("bleed", "P1"), ("bleed", "P2"), ("healthy", "X"), ("healthy", "X")]
+    ):
+        save_ct(raw / "TrainingData" / label / f"{i}.dcm", plain_head(64, 20 + i), PatientID=patient)
+    assert run(raw) == 0
+    out = capsys.readouterr().out
+    assert "training slices (patients): healthy 2 (1), bleed 2 (2)\n" in out
+    assert "no training slice of" not in out  # bleed or none is a question of its own
+
+
+def test_warnings_in_the_manifest_name_no_folder_of_this_machine(raw, tmp_path):
+    content = (ROOT / "raw_data/TrainingData/healthy").glob("*.dcm")
+    cut = next(c for c in (p.read_bytes() for p in sorted(content)) if b"\xfe\xff\x00\xe0" in c)
+    (raw / "TrainingData" / "healthy" / "cut.dcm").write_bytes(cut[: len(cut) * 3 // 4])
+    assert run(raw) == 1
+    text = (tmp_path / "out" / "manifest.csv").read_text(encoding="utf-8")
+    assert "End of file reached" in text and str(tmp_path) not in text

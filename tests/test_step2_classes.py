@@ -233,3 +233,12 @@ def test_uneven_classes_show_what_always_saying_the_commonest_would_get():
 def test_classes_of_other_names_alone_miss_nothing(tmp_path):
     write_pictures(tmp_path, variants=(), classes=FOREIGN)
     assert read_slices(tmp_path).classes_in_words() == "2 classes: 0, 1"
+
+
+def test_grad_cam_of_one_class_of_bleeds_shows_five_patients(tmp_path):
+    write_pictures(tmp_path / "data", 12, classes=("healthy", "stroke"))
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "results", epochs=1)
+    engine.train_all(comparison)
+    figure = explain.draw_cams(comparison, runs.collect_predictions(comparison))
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["stroke"] * 5
+    plt.close(figure)

@@ -242,3 +242,24 @@ def test_slices_of_partly_known_patients_are_counted():
     few = table[~table["patient"].isin(["healthy 0", "healthy 1", "healthy 2"])]
     (warning,) = class_warnings(few, False)
     assert "slices of unknown ones" in warning  # 14 slices: 6 known patients, 2 slices of nobody
+
+
+def test_last_values_of_close_learning_curves_do_not_overlap():
+    history = pd.DataFrame({"variant": "a", "control": False, "repeat": 1, "fold": 1, "epoch": [1, 2, 3]})
+    history = history.assign(
+        train_loss=[1.2, 0.8, 0.72], val_loss=0.68, train_accuracy=0.98, val_accuracy=0.97
+    )
+    figure = figures.draw_learning(history, ["a"], 2)
+    figure.canvas.draw()
+    for axis in figure.axes[:2]:
+        high, low = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: -box.y0)
+        assert low.y1 <= high.y0 + 1
+        inside = axis.get_ylim()[1]
+        assert all(text.xy[1] <= inside for text in axis.texts)
+    plt.close(figure)
+
+
+def test_learning_rate_of_the_last_step_is_drawn_to_its_end():
+    figure = figures.draw_rates([0.1, 0.2, 0.05], 3)
+    assert figure.axes[0].patches[0].get_path().vertices[:, 0].max() == 3
+    plt.close(figure)

@@ -83,3 +83,12 @@ def test_one_patient_with_everything_is_refused():
     slices = some_slices(dict.fromkeys(CLASSES, 3)).assign(patient="the only one")
     with pytest.raises(ValueError, match="1 patient for 3 folds"):
         make_folds(slices, 3, seed=0)
+
+
+def test_single_split_does_not_always_hold_out_the_patient_of_the_most_slices():
+    rows = [(label, f"{label} {p}") for label in "ab" for p in range(20) for _ in range(1 + p % 2)]
+    rows += [("a", "a 0")] * 12
+    slices = pd.DataFrame(rows, columns=["label", "patient"])
+    largest = (slices["patient"] == "a 0").to_numpy()
+    held_out = sum((make_folds(slices, 1, seed)[largest] == 0).all() for seed in range(40))
+    assert 2 <= held_out <= 18  # 8 of 40 expected

@@ -1,9 +1,10 @@
 """Step 1's manifest: what is left out and counted, and that any other table is refused with a sentence."""
 
+import pandas as pd
 import pytest
 from step2_helpers import CLASSES, write_pictures
 
-from step2.slices import count_classes, read_slices, what_pictures
+from step2.slices import Slices, copies_in_words, count_classes, read_slices, what_pictures
 
 
 @pytest.fixture
@@ -127,6 +128,9 @@ def test_one_slice_without_a_patient_makes_all_slice_level(manifest, tmp_path):
     manifest.loc[3, "patient"] = ""
     slices = read_instead(tmp_path, manifest)
     assert not slices.patient_level and (slices.training["patient"] != "").all()
+    assert slices.warnings()[0].startswith(
+        "1 of 48 slices have no PatientID (their patient in the manifest is empty"
+    )
     assert slices.warnings()[0].endswith("all results are slice-level, optimistic")
 
 
@@ -135,15 +139,20 @@ def test_known_patients_on_one_side_are_no_reason_to_warn(manifest, tmp_path):
 
 
 def test_patient_in_training_and_testing_is_warned_of(manifest, tmp_path):
-    manifest.loc[manifest["split"] == "test", "patient"] = "patient 0-0"
-    expected = ["1 patients are in TrainingData and TestingData: the test is optimistic"]
+    manifest.loc[manifest["split"] == "test", ["patient", "label"]] = ["patient 0-0", "epidural"]
+    expected = ["patients in both TrainingData and TestingData: 1, so the test is optimistic"]
     assert read_instead(tmp_path, manifest).warnings() == expected
 
 
+def test_patient_of_testing_slices_without_a_label_makes_no_score_optimistic(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", ["patient", "label"]] = ["patient 0-0", ""]
+    assert read_instead(tmp_path, manifest).warnings() == []
+
+
 def test_testing_slices_without_a_patient_are_warned_of(manifest, tmp_path):
-    manifest.loc[manifest["split"] == "test", "patient"] = ""
+    manifest.loc[manifest["split"] == "test", ["patient", "label"]] = ["", "epidural"]
     slices = read_instead(tmp_path, manifest)
-    expected = ["some slices of TestingData have no patient: their test is slice-level, optimistic"]
+    expected = ["some labelled slices of TestingData have no patient: their test is slice-level, optimistic"]
     assert slices.patient_level and slices.warnings() == expected
 
 
@@ -164,3 +173,29 @@ def test_pictures_are_phantoms_only_where_all_names_are_theirs(manifest, tmp_pat
 def test_pictures_are_rsnas_where_all_come_from_its_download(manifest, tmp_path):
     slices = read_instead(tmp_path, manifest.assign(source="stage_2_train_images/ID_1.dcm"))
     assert what_pictures("auto", slices) == "RSNA-2019"
+
+
+def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
+    rows = pd.DataFrame(
+        [
+            ("a.png", "bleed", "P1"),
+            ("b.png", "bleed", "P2"),
+            ("c.png", "bleed", "P1"),
+            ("d.png", "healthy", "P3"),
+        ],
+        columns=["image", "label", "patient"],
+    )
+    for name, content in zip("abcd", (b"1", b"1", b"1", b"2"), strict=True):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    known = Slices(rows, rows.iloc[:0], {}, True)
+    (said,) = copies_in_words(known, tmp_path)
+    assert said.startswith(
+        "3 pictures occur under more than one patient or class, such as ['a.png', 'b.png']"
+    )
+    (tmp_path / "b.png").write_bytes(b"3")  # a.png and c.png are one patient's, in one class
+    assert copies_in_words(known, tmp_path) == []
+
+
+def test_healthy_and_bleed_do_not_miss_the_subtypes(manifest, tmp_path):
+    manifest["label"] = ["healthy" if label == "healthy" else "bleed" for label in manifest["label"]]
+    assert read_instead(tmp_path, manifest).classes_in_words() == "2 classes: healthy, bleed"

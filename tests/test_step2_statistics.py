@@ -390,7 +390,8 @@ def test_testing_slices_are_scored_by_patients():
 
 
 def test_testing_in_words_names_no_patients_that_nothing_names():
-    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got the most right (83 %); "
+    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got the most right (83 %; "
+    lead += "always saying the commonest class gets 100 %); "
     lead += "intervals are over {}, for these trained networks alone."
     for known, whose, over in (
         (True, "12 patients that took part in nothing", "patients"),
@@ -559,3 +560,14 @@ def test_testing_patients_partly_known():
     found = testing[["image"]].assign(predicted="epidural", p_healthy=0.5, p_epidural=0.5)
     said = summary.testing_in_words(score_testing({"a": found}, testing, ["P1"], n_draws=60))
     assert "nothing names" not in said and "1 of them in TrainingData too" in said
+
+
+def test_summary_says_what_was_left_out_and_what_the_commonest_class_gets_in_testing():
+    table = random_table(20, 2, ALL_VARIANTS[:2])
+    compared, metrics = compare(table, n_draws=60), metric_table(table, n_draws=20)
+    rest = {"endpoints": pd.DataFrame(), "testing": score_of({"0_Dicom2PNG": 20, "1_ROI": 20})}
+    left_out = {"refused by Step 1": 4, "blank, no brain to see": 0}
+    given = (table, contrast_table(compared), metrics, best_set(compared), "caption", True)
+    text = summarize(*given, **rest, left_out=left_out)
+    assert "The unit is the patient. Left out: 4 refused by Step 1.\n" in text
+    assert "all variants got the most right (83 %; always saying the commonest class gets 100 %)" in text

@@ -36,7 +36,8 @@ def test_mistakes_name_the_most_frequent_confusion():
     table = prediction_table({"a": ["healthy", "healthy", "epidural"]}, labels, ["P", "Q", "R"])
     said = say_mistakes(worst_mistakes(table, 12))
     assert said == (
-        "Said with 50 to 50 % confidence; epidural called healthy: 2 of 3, and no confusion is more frequent."
+        "Said with 50 to 50 % confidence; epidural called healthy: 2 of 3, and no confusion is more frequent. "
+        "`mistakes.csv` names the files in this order."
     )
     assert say_mistakes(worst_mistakes(table, 0)) == "No slice was mistaken by any variant."
 
