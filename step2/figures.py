@@ -149,11 +149,11 @@ def draw_learning(
         draw_curves(accuracy, runs, "accuracy", "#0072B2")
         loss.axhline(math.log(classes), color="#555555", ls=":", lw=1, label="guessing")
         accuracy.axhline(1 / classes, color="#555555", ls=":", lw=1, label="guessing")
-        accuracy.set(ylim=(0, 1.03), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
+        accuracy.set(ylim=(0, 1.15), xlabel="epoch", xlim=(0, 1.22 * history["epoch"].max()))
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
     ends = history.loc[history["epoch"] == history["epoch"].max(), "train_loss"]
     highest = max(history["val_loss"].max(), ends.max(), math.log(classes))
-    axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.05, 4)))
+    axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.15, 4)))
     axes[1, 0].set(ylabel="accuracy")
     for axis in axes[:, -1]:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))

@@ -288,7 +288,7 @@ def training_in_words(contrasts: pd.DataFrame) -> str:
     unseen = "less than can be seen beside the choice of patients"
     allow = "intervals and p values allow for that too"
     if not (contrasts["training_error"] > 0).any():
-        allow = "not sure enough to be added: intervals and p values hold the choice of patients alone"
+        allow = "that is too unsure to be added, so intervals and p values hold the choice of patients alone"
     size = f"an SD of {sd:.1f} points" if sd >= 0.05 else unseen
     return (
         f"Training a network again moves its accuracy by {size} (95 % interval of the SD {low:.1f} to "

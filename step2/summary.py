@@ -217,8 +217,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
         "here speaks of a newly drawn training set. The same seed gives the same table on one kind of machine; "
         "another machine's arithmetic is another draw of the trainings. The contrasts were fixed in the code, "
-        "not preregistered. p are Holm-corrected, among the comparisons with the baseline and among the effects; "
-        f"intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
+        "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
+        f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
         f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
