@@ -1393,7 +1393,8 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
     except (UnicodeError, csv.Error) as err:
         raise UsageError(f"{path} can't be read ({err}): save it as CSV UTF-8") from err
     if not {"image", "label"} <= set(reader.fieldnames or ()):
-        raise UsageError(f"{path} has to begin with the line image,label and not with {reader.fieldnames}")
+        begins = f"has to begin with the line image,label, with a comma, and not with {reader.fieldnames}"
+        raise UsageError(f"{path} {begins}")
     pairs = [((row.get("image") or "").strip(), (row.get("label") or "").strip()) for row in rows]
     wrong = sorted({label for _, label in pairs if folded(label) not in classes})
     if wrong or not all(image for image, _ in pairs):

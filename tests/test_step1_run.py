@@ -885,7 +885,7 @@ def test_seed_that_numpy_does_not_take_is_a_usage_error(raw):
 def test_testing_labels_without_their_first_line_are_a_usage_error(raw, capsys, first):
     (raw / "TestingData_labels.csv").write_text(f"{first}\n", encoding="utf-8")
     assert run(raw) == 2
-    assert "has to begin with the line image,label" in capsys.readouterr().err
+    assert "has to begin with the line image,label, with a comma, and not with ['" in capsys.readouterr().err
 
 
 def test_script_runs_where_output_is_no_terminals(monkeypatch):
