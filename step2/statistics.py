@@ -326,7 +326,7 @@ def score_testing(
     correct, cells = paired_correctness(pd.concat(tables, ignore_index=True))
     estimates = mean_estimates(list(correct.columns), correct.to_numpy(), cells, n_draws, seed)
     rows, patients = [], np.nan if (where["patient"][labelled] == "").any() else cells.patients
-    both = len(set(where["patient"][labelled]) & set(trained) - {""})
+    both = len(set(where["patient"][labelled]) & set(trained))
     commonest = where["label"][labelled].value_counts(normalize=True).max()
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)

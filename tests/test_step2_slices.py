@@ -194,6 +194,10 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
     )
     (tmp_path / "b.png").write_bytes(b"3")  # a.png and c.png are one patient's, in one class
     assert copies_in_words(known, tmp_path) == []
+    rows.loc[2, "label"] = "healthy"  # one patient's, in two classes
+    assert copies_in_words(known, tmp_path)[0].startswith(
+        "2 pictures occur under more than one patient or class"
+    )
 
 
 def test_healthy_and_bleed_do_not_miss_the_subtypes(manifest, tmp_path):
