@@ -837,8 +837,8 @@ def process(task: Task, settings: Settings) -> dict:
                 raise
             reason = f"takes over {MEMORY_LIMIT >> 30} GB of memory: export it again"
             row = {"status": "failed", "reason": reason}
-    texts = {str(w.message).replace(str(task.path), "...") for w in caught}  # no folders of this machine
-    return row | {"warnings": "; ".join(sorted(map(one_line, texts)))}
+    said = {one_line(str(w.message).replace(str(task.path), "...")) for w in caught}  # names no folder
+    return row | {"warnings": "; ".join(sorted(said))}
 
 
 # ---------------------------------------- many files: the ledger, what is known of each, on disk

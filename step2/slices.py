@@ -129,7 +129,8 @@ def what_pictures(dataset: str, slices: Slices) -> str:
 
 
 def copies_in_words(slices: Slices, folder: Path) -> list[str]:
-    """Return a sentence where training slices are the same picture as one of another patient, class or split.
+    """Return a sentence where a training slice is the same picture as one of another patient or class, testing
+    slices included.
 
     folder: a variant's pictures. The same pixels are the same bytes, and blank training slices are left out.
     """

@@ -89,7 +89,7 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     First what fits, then channels_last, then torch.compile, which has to earn back the time it takes.
     """
     best, slow = what_fits(settings, base, device)
-    steps *= math.ceil(settings.batch_size / best.part)  # what is timed is a part of one
+    parts = steps * math.ceil(settings.batch_size / best.part)  # what is timed is a part of a step
     reasons = [*base.reasons, f"{best.part} slices at a time: they fit"]
     try:
         last, _ = time_steps(settings, replace(best, channels_last=True), device)
@@ -103,12 +103,12 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
     why_not, pays = why_not_compile(device), False
     if not steps:
         why_not = "batches differ in size"
-    elif fast * steps < WORTH_COMPILING_S:
-        why_not = f"a process trains for {fast * steps:.0f} s, less than compiling would take"
+    elif fast * parts < WORTH_COMPILING_S:
+        why_not = f"a process trains for {fast * parts:.0f} s, less than compiling would take"
     if not why_not:
         try:
             compiled, once = time_steps(settings, replace(best, compiled=True), device)
-            pays = (fast - compiled) * steps > 2 * once  # compiled for this timing, and for the runs
+            pays = (fast - compiled) * parts > 2 * once  # compiled for this timing, and for the runs
             times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
             why_not = f"{times}, {once:.0f} s to get going"
         except (RuntimeError, OSError, AssertionError) as err:

@@ -334,13 +334,8 @@ def score_testing(
         low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
             low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
-        row = {
-            "variant": variant,
-            "slices": count,
-            "patients": patients,
-            "trained_on": both,
-            "commonest": commonest,
-        }
+        row = {"variant": variant, "slices": count, "patients": patients}
+        row |= {"trained_on": both, "commonest": commonest}
         row |= {"right": round(value * count), "accuracy": value, "ci_low": low, "ci_high": high}
         if BASELINE in correct.columns and variant != BASELINE:
             apart = estimates.contrast(estimates.coefficients([(variant, BASELINE)]))

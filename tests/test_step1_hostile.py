@@ -724,7 +724,7 @@ def test_damaged_files_are_converted_or_refused_and_never_end_the_run(tmp_path):
 
 
 def test_jpeg_ls_that_happens_to_hold_a_jpeg_2000_marker_is_converted(tmp_path):
-    """The pixels' bits do that once in some 10,000 slices; here a comment (ITU-T T.81 B.2.4.5) does."""
+    """The pixels' bits may do that by chance, here a comment (ITU-T T.81 B.2.4.5) does."""
     ct = make_ct(plain_head(64), **WINDOW)
     ct.compress(JPEGLSLossless, encoding_plugin=ENCODERS[JPEGLSLossless])
     stream = get_frame(ct.PixelData, 0, number_of_frames=1)

@@ -226,6 +226,7 @@ def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
     assert what_fits(make_settings(), BASE, CPU) == (replace(BASE, part=2), 0.1)
     speed = measure_speed(make_settings(), BASE, 100, CPU)
     assert (speed.part, speed.channels_last) == (2, False)
+    assert "trains for 40 s" in speed.reasons[-1]  # 100 steps of 8 slices, 0.1 s for two of them
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "no kernel image"])
