@@ -194,6 +194,9 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
     )
     (tmp_path / "b.png").write_bytes(b"3")  # a.png and c.png are one patient's, in one class
     assert copies_in_words(known, tmp_path) == []
+    (tmp_path / "e.png").write_bytes(b"2")  # the healthy slice once more, in TestingData
+    other = pd.DataFrame([("e.png", "", "P9")], columns=rows.columns)
+    assert "['d.png', 'e.png']" in copies_in_words(Slices(rows, other, {}, True), tmp_path)[0]
     rows.loc[2, "label"] = "healthy"  # one patient's, in two classes
     assert copies_in_words(known, tmp_path)[0].startswith(
         "2 pictures occur under more than one patient or class"

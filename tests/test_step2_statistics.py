@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from simulate_intervals import estimates, one_setting, simulate
 from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
@@ -539,6 +540,16 @@ def test_holm_is_not_blamed_for_a_single_comparison():
     row = contrast_table(compare(prediction_table(calls, labels, patients))).iloc[0]
     assert row["p_holm"] == row["p_value"] == 2 / 2**5 and row["ci_low"] > 0
     assert "apart, as too few patients differ: +25.0 points" in row["verdict"]
+
+
+def test_interval_of_a_trainings_sd_is_chi_squareds():
+    """A variance of 14 degrees of freedom, 9e-4, of which patients explain 1e-4."""
+    none = np.zeros(8)
+    found = Estimates(tuple("abcdefgh"), none, np.zeros((8, 8)), 9e-4, 1e-4, 1 / 3, (51.0, 14.0))
+    sd, low, high = found.seen
+    assert sd**2 == pytest.approx(9e-4 - 1e-4)
+    variances = 14 * 9e-4 / stats.chi2.interval(0.95, 14)[0], 14 * 9e-4 / stats.chi2.interval(0.95, 14)[1]
+    assert (high**2, low**2) == pytest.approx([variance - 1e-4 for variance in variances])
 
 
 def test_training_noise_that_outweighs_patients_is_not_said_to_be_outweighed():
