@@ -41,7 +41,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -757,6 +757,16 @@ def pseudonym(patient_id: object, key: bytes) -> str:
     return hashlib.blake2b(text.encode(), key=key, digest_size=8).hexdigest() if text else ""
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Move a finished file to its place; on Windows a virus scanner may hold either of them for a moment."""
+    for pause in (0.1, 0.3, 1):
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(pause)
+    temporary.replace(path)
+
+
 def write_atomically(path: Path, data: bytes, output: Path) -> None:
     """Write a file so that it is there whole or not at all, whenever the process ends."""
     temporary = output / ".tmp" / secrets.token_hex(8)
@@ -764,7 +774,7 @@ def write_atomically(path: Path, data: bytes, output: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(data)
-        temporary.replace(path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -832,6 +842,9 @@ def process(task: Task, settings: Settings) -> dict:
             row = convert(task, settings)
         except UnsuitableFile as err:
             row = {"status": "failed", "reason": str(err)}
+        except FileNotFoundError:  # its folder was just made: so Windows refuses 260 characters or more
+            reason = "the path of its picture is too long: name a shorter --output"
+            row = {"status": "failed", "reason": reason}
         except (MemoryError, cv2.error) as err:
             if isinstance(err, cv2.error) and err.code != cv2.Error.StsNoMem:
                 raise
@@ -1007,7 +1020,7 @@ def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
     rows = ledger.execute(f"SELECT {', '.join(MANIFEST_COLUMNS)} FROM files ORDER BY source")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(chain([MANIFEST_COLUMNS], rows))
-    temporary.replace(output / "manifest.csv")
+    put_in_place(temporary, output / "manifest.csv")
 
 
 # ---------------------------------------- many files: processes here, or a Dask cluster
@@ -1152,7 +1165,7 @@ def read_patient_key(output: Path) -> bytes:
         temporary = output / ".tmp" / "patient_key"
         temporary.touch(0o600)
         temporary.write_text(secrets.token_hex(32), encoding="ascii")
-        temporary.replace(path)
+        put_in_place(temporary, path)
     text = path.read_text(encoding="ascii", errors="replace")
     if not re.fullmatch(r"[0-9a-f]{64}", text):
         raise UsageError(f"{path} is damaged: restore it, or delete it, and all pseudonyms change")

@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from Step1_Image_Preprocessing import put_in_place
+
 TABLES, TEXTS = (".csv", ".png", ".svg"), ("settings.json", "summary.md")  # what a comparison writes
 
 
@@ -25,7 +27,7 @@ def write_content(path: Path, *parts: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.writelines(parts)
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except PermissionError as err:  # on Windows also where Excel shows the file
         text = f"{path} could not be written: close it in other programs, or allow it, and run again"
         raise PermissionError(err.errno, text) from err
@@ -137,6 +139,10 @@ def put_aside(results: Path, identity: str) -> tuple[Path | None, list[str]]:
     earlier = results / time.strftime("earlier-%Y-%m-%d-%H%M%S")
     for file in there:
         earlier.mkdir(exist_ok=True)
-        file.replace(earlier / file.name)
+        try:
+            put_in_place(file, earlier / file.name)
+        except PermissionError as err:
+            text = f"{file} could not be moved to {earlier}: close it in other programs, and run again"
+            raise PermissionError(err.errno, text) from err
     write_json(path, {"comparison": identity, "files": []})
     return (earlier if there else None), []

@@ -858,6 +858,7 @@ def test_file_renamed_by_case_alone_leaves_no_old_picture(raw):
     assert len(pngs(raw)) == 4 * 7
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_file_replaced_by_a_link_out_loses_its_old_pictures(raw, tmp_path):
     run(raw)
     path = raw / "TrainingData" / "healthy" / "a.dcm"
@@ -915,3 +916,35 @@ def test_warnings_in_the_manifest_name_no_folder_of_this_machine(raw, tmp_path):
     assert run(raw) == 1
     text = (tmp_path / "out" / "manifest.csv").read_text(encoding="utf-8")
     assert "End of file reached" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_file_that_a_virus_scanner_holds_for_a_moment_ends_no_run(raw, monkeypatch, times):
+    """As Windows says where another program looks at a file that has just been written."""
+    replace, refused = Path.replace, []
+
+    def held(self, target):
+        if len(refused) < times:
+            refused.append(PermissionError(13, "Access is denied", str(target)))
+            raise refused[-1]
+        return replace(self, target)
+
+    assert run(raw, "--variants", "0") == 0
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(step1.time, "sleep", lambda seconds: None)
+    assert run(raw, "--variants", "0", "--force") == 0
+    assert len(refused) == times
+
+
+def test_picture_whose_path_is_too_long_for_windows_costs_its_file_alone(raw, monkeypatch):
+    replace = Path.replace
+
+    def limited(self, target):
+        if "healthy" in str(target):
+            raise FileNotFoundError(2, "The filename or extension is too long", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", limited)
+    assert run(raw) == 1
+    reasons = {source: row["reason"] for source, row in manifest(raw).items() if row["status"] != "ok"}
+    assert list(reasons) == ["TrainingData/healthy/a.dcm"] and "shorter --output" in reasons.popitem()[1]

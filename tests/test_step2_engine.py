@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def same_table(data: Path, results: Path, undisturbed: pd.DataFrame) -> None:
 def start_training(data: Path, results: Path, script: Path, epochs: int = EPOCHS) -> subprocess.Popen:
     """Start a process that trains with two workers, and wait for the first checkpoint."""
     names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(data), "results": str(results)}
-    script.write_text(SCRIPT.format(**names, epochs=epochs))
+    script.write_text(SCRIPT.format(**names, epochs=epochs), encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -307,17 +306,18 @@ def test_epochs_of_an_earlier_session_took_no_time_in_this_one(data, tmp_path, m
 
 
 def test_second_notebook_is_told_of_the_first_until_that_is_gone(tmp_path):
-    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import time; "
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; import os, time; "
     hold += f"from step2.files import lock_results; lock = lock_results(Path({str(tmp_path / 'r')!r})); "
     first = subprocess.Popen(
-        [sys.executable, "-c", hold + "print('held', flush=True); time.sleep(60)"], stdout=-1
+        [sys.executable, "-c", hold + "print(os.getpid(), flush=True); time.sleep(60)"], stdout=-1
     )
-    assert first.stdout is not None and first.stdout.readline().strip() == b"held"
+    assert first.stdout is not None
+    holder = psutil.Process(int(first.stdout.readline()))  # on Windows a child of python.exe
     with pytest.raises(
-        RuntimeError, match=rf"another notebook uses .*process {first.pid} on {socket.gethostname()}"
+        RuntimeError, match=rf"another notebook uses .*process {holder.pid} on {socket.gethostname()}"
     ):
         lock_results(tmp_path / "r")
-    first.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    holder.kill()
     first.wait()
     lock_results(tmp_path / "r").release()
 

@@ -522,3 +522,31 @@ def test_other_labels_of_testing_slices_are_another_comparison(data, tmp_path):
     testing = comparison.slices.testing.assign(label="")
     other = replace(comparison, slices=replace(comparison.slices, testing=testing))
     assert other.identity() != comparison.identity() and list(other.folders) == list(comparison.folders)
+
+
+def test_file_that_is_held_for_a_moment_is_written_all_the_same(tmp_path, monkeypatch):
+    """A virus scanner looks at each checkpoint on Windows."""
+    replace, refused = Path.replace, []
+
+    def held(self, target):
+        if not refused:
+            refused.append(PermissionError(13, "Access is denied", str(target)))
+            raise refused[0]
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    files.write_sealed(tmp_path / "checkpoint.pt", b"epoch 1")
+    assert refused and files.read_sealed(tmp_path / "checkpoint.pt") == b"epoch 1"
+
+
+def test_table_that_excel_shows_is_named_when_another_comparison_begins(tmp_path, monkeypatch):
+    files.put_aside(tmp_path, "one")
+    files.write_json(tmp_path / "written.json", {"comparison": "one", "files": ["metrics.csv"]})
+    (tmp_path / "metrics.csv").write_text("a\n")
+
+    def held(self, target):
+        raise PermissionError(13, "Access is denied", str(target))
+
+    monkeypatch.setattr(Path, "replace", held)
+    with pytest.raises(PermissionError, match=r"metrics\.csv could not be moved to .*: close it in other"):
+        files.put_aside(tmp_path, "another")
