@@ -203,16 +203,16 @@ def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
 def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     """Return HU, float32 (rows, columns), and whether wrapped values were repaired (PS3.3 C.11.1).
 
-    The wrap: RSNA-2019's 12-bit unsigned slices with an intercept near 0, found and repaired first by
+    The wrap: RSNA-2019's 12-bit unsigned slices with slope 1 and an intercept near 0, found and repaired first by
     J. Howard (Kaggle, RSNA Intracranial Hemorrhage Detection, 2019).
     """
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
     padded, unused = padding_mask(stored, ds), 8 * stored.dtype.itemsize - ds.BitsStored
     if unused > 0:  # old scanners kept overlays there; signed values keep their sign
         stored = (stored << unused) >> unused
-    wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100
+    wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100 and slope == 1
     if wrapped:
-        stored, intercept = (stored.astype(np.int32) + 1000) % 4096, -1000
+        stored = (stored.astype(np.int32) + 1000) % 4096 - 1000
     hu = (stored * slope + intercept).astype(np.float32)
     hu[padded] = AIR_HU
     impossible = np.count_nonzero(hu < -10_000) + np.count_nonzero(hu > 20_000)
@@ -307,12 +307,12 @@ def found_in(labels: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
 
 
 def holder_walls(labels: np.ndarray, bony: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Return the hard pieces that are long, no bone and partly outside, bool: a holder's walls."""
+    """Return the hard pieces that are long, no bone and mostly outside, bool: a holder's walls."""
     walls = np.zeros(labels.shape, bool)
     for label in np.flatnonzero(found_in(labels, len(bony), outside) & ~bony):
         piece = labels == label
         _, _, width, height = cv2.boundingRect(piece.astype(np.uint8))
-        if max(width, height) > WALL_LENGTH * min(labels.shape):
+        if max(width, height) > WALL_LENGTH * min(labels.shape) and outside[piece].mean() > 0.5:
             walls |= piece
     return walls
 

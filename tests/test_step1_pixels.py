@@ -97,6 +97,13 @@ def test_12bit_values_with_a_usual_intercept_are_left_alone():
     assert hu.tolist() == [[-1024, 2176]]
 
 
+@pytest.mark.parametrize(("slope", "intercept", "hu"), [(0.05, 0, [0, 40, 200]), (1, -50, [-50, 750, 2000])])
+def test_12bit_values_keep_their_slope_and_intercept_where_none_wrapped(slope, intercept, hu):
+    stored = np.array([[(value - intercept) / slope for value in hu]]).round().astype(np.uint16)
+    ct = make_ct(stored, BitsStored=12, HighBit=11, RescaleSlope=slope, RescaleIntercept=intercept)
+    assert step1.hounsfield(stored, ct)[0].tolist() == [hu]
+
+
 @pytest.mark.parametrize("value", [-12_000, 25_000])
 def test_values_no_ct_has_are_refused_in_more_than_1_percent_of_the_pixels(value):
     stored = np.zeros((40, 50), np.int16)
@@ -247,6 +254,15 @@ def test_head_mask_keeps_a_long_wall_as_dense_as_bone():
     wall[200:260, 436:440] = True
     hu[wall] = 800
     assert step1.head_mask(hu.astype(np.float32))[wall].mean() > 0.9
+
+
+def test_head_mask_keeps_a_childs_skull_that_reaches_the_skin():
+    """Bone below 600 HU throughout, and a little of it outside."""
+    hu = plain_head(512)
+    head = hu > -1000
+    hu[hu == 900] = 500
+    hu[60:130, 253:259] = 500
+    assert step1.head_mask(hu.astype(np.float32))[head].all()
 
 
 def test_head_mask_cuts_a_cushion_that_goes_on_and_on():
