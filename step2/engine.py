@@ -58,9 +58,14 @@ def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
     print(f"{len(comparison.runs)} runs, {len(waiting)} of them to train", flush=True)
     if waiting:
         train_waiting(comparison, waiting, ends)
-    whole = whole_part(comparison, [run for run in waiting if not is_complete(comparison, run)])
+    missing = [run for run in waiting if not is_complete(comparison, run)]
+    lost = f"{len(missing)} runs ended, but are not whole in {comparison.settings.results}: was it moved or "
+    lost += "emptied? Mend that, and run the notebook again"
+    if missing and ends == math.inf:
+        raise RuntimeError(lost)
+    whole = whole_part(comparison, missing)
     if part := part_in_words(whole):
-        print(f"the time is over: what follows is about {part} alone; run the same again to train the rest")
+        print(f"the time is over: what follows is about {part} alone; run the notebook again for the rest")
     return whole
 
 
@@ -91,6 +96,10 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
     """Train a run in a Dask worker, and tell the notebook how far it is twice a second."""
     same = comparison.code == LOADED
     require(same, "this worker has another version of step2/: start the workers again")
+    settings = comparison.settings
+    needed = settings.data / "manifest.csv", settings.results / f"initial_weights_{settings.model_name}.json"
+    unseen = " nor ".join(str(path) for path in needed if not path.is_file())
+    require(not unseen, f"a worker doesn't see {unseen}: show that folder at the same path on all machines")
     cv2.setNumThreads(0)
     worker, told = get_worker(), 0.0
     key = worker.get_current_task()

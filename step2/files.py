@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ def write_content(path: Path, *parts: bytes) -> None:
         raise PermissionError(err.errno, text) from err
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            text = f"{path} could not be written ({err.strerror}): is its folder still there? Then run again"
+            raise OSError(err.errno, text) from err
         temporary.unlink(missing_ok=True)
         lacks = f"it needs {sum(map(len, parts)):,}, {shutil.disk_usage(path.parent).free:,} bytes are free"
         text = f"the disk is full, {path} could not be written ({lacks}): free some space there and run again"
         raise OSError(errno.ENOSPC, text) from err
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can't be written to any more
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -63,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         seal = content.pop("sha256")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
         return None
     return content if seal == json_seal(path, content) else None
 
@@ -77,7 +80,7 @@ def read_sealed(path: Path) -> bytes | None:
     """Return the bytes that write_sealed wrote here, None where the file is missing, damaged or another's."""
     try:
         whole = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return None
     sealed, content = whole[:32], whole[32:]
     return content if seal(path, content) == sealed else None

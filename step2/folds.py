@@ -53,10 +53,11 @@ def check_folds(slices: pd.DataFrame, fold_of: np.ndarray, count: int) -> None:
             require(not missing, f"{lacks}: lower folds, or add patients of that class and run Step 1 again")
 
 
-def unevenness(slices: pd.DataFrame, fold_of: np.ndarray) -> float:
-    """Return the squared differences between the folds' class counts and even shares, summed."""
-    table = pd.crosstab(fold_of, slices["label"])
-    return float(((table - table.mean()) ** 2).to_numpy().sum())
+def unevenness(slices: pd.DataFrame, fold_of: np.ndarray) -> tuple[int, float]:
+    """Return how often a fold lacks a class, and the squared differences between the folds' class counts and
+    even shares, summed."""
+    table = pd.crosstab(fold_of, slices["label"]).to_numpy()
+    return int((table == 0).sum()), float(((table - table.mean(axis=0)) ** 2).sum())
 
 
 def fold_table(slices: pd.DataFrame, fold_of: np.ndarray, folds: int, patient_level: bool) -> pd.DataFrame:

@@ -180,18 +180,19 @@ def best_set(compared: Compared, seed: int = 0) -> pd.DataFrame:
     return best_of(compared.found, compared.variants, seed)
 
 
-def best_in_words(best: pd.DataFrame) -> str:
-    """Return which variants may be the best, in a sentence."""
+def best_in_words(best: pd.DataFrame, learning: Collection[str] = ()) -> str:
+    """Return which variants may be the best, in a sentence. learning: variants that did not converge."""
     if len(best) < 2:
         return "A single variant: nothing to choose from."
     may, not_ = (best.loc[best["in_best_set"] == inside, "variant"] for inside in (True, False))
     if best["ci_high"].isna().any():
         return "Which variant is best is not estimable from these data."
     if len(not_) == 0:
-        return "Any of these variants may be the best: these data can't tell them apart from it."
-    if len(may) == 1:
-        return f"Best: {may.iloc[0]}; worse: {', '.join(not_)}."
-    return f"Best, or not to be told from it: {', '.join(may)}; worse: {', '.join(not_)}."
+        said = "Any of these variants may be the best: these data can't tell them apart from it."
+    else:
+        lead = "Best" if len(may) == 1 else "Best, or not to be told from it"
+        said = f"{lead}: {', '.join(may)}; worse: {', '.join(not_)}."
+    return f"{said} Still learning: {', '.join(learning)}." if learning else said
 
 
 # ---------------------------------------- verdicts

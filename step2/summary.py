@@ -34,19 +34,21 @@ def summarize(
     endpoints: pd.DataFrame,
     testing: pd.DataFrame,
     convergence: Sequence[str] = (),
+    learning: Sequence[str] = (),
     margin: float = EQUIVALENCE,
     part: str = "",
     left_out: Mapping[str, int] | None = None,
 ) -> str:
     """Return the half-page summary, Markdown. convergence: the lines of convergence_lines.
 
-    part: which part of the declared comparison this is, such as '3 of 5 folds'.
+    learning: variants that did not converge. part: which part of the declared comparison this is, such as '3
+    of 5 folds'.
     """
     level = f" ({part})" * bool(part) + ("" if patient_level else OPTIMISTIC)
     classes = classes_of(predictions)
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
-        [f"**Which is best?** {best_in_words(best)}"],
+        [f"**Which is best?** {best_in_words(best, learning)}"],
         data_lines(predictions, caption, patient_level, part, left_out or {}),
         ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence)],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
@@ -54,7 +56,7 @@ def summarize(
         if len(contrasts)
         else [],
         [f"**Any hemorrhage (secondary).** {endpoints_in_words(metrics, endpoints, classes)}"],
-        [f"**TestingData.** {testing_in_words(testing)}"] if len(testing) else [],
+        [f"**TestingData.** {testing_in_words(testing, patient_level)}"] if len(testing) else [],
         limit_lines(patient_level, margin, HEALTHY in classes),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -68,7 +70,8 @@ def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     if primary["ci_low"].isna().all():
         return f"Whether any variant differs from {BASELINE} is not estimable from these data."
     clear = [row["verdict"] for _, row in primary.iterrows() if is_significant(row)]
-    answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart"
+    alone = f", {ALONE}" if primary["training_sd"].isna().all() else ""
+    answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart{alone}"
     same = int((primary["band"] == "inside").sum())
     equal = f" {same} of {len(primary)} are within {in_band(margin)} of it." if same else ""
     about = " All networks are trained on these patients."
@@ -176,7 +179,8 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
             for _, row in table.iterrows()
             if is_significant(row)
         ]
-        found = "; ".join(clear) or "no difference that these data show"
+        none = "not estimable" if table["ci_low"].isna().all() else "no difference that these data show"
+        found = "; ".join(clear) or none
         alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
         said.append(f"{name}, against {BASELINE}: {found}{alone}.")
     order = {}
@@ -188,8 +192,11 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
     return " ".join(said)
 
 
-def testing_in_words(testing: pd.DataFrame) -> str:
-    """Return how the untouched slices agree with the cross-validation, in a sentence or two."""
+def testing_in_words(testing: pd.DataFrame, patient_level: bool) -> str:
+    """Return how the untouched slices agree with the cross-validation, in a sentence or two.
+
+    patient_level: the patients of TrainingData are known.
+    """
     slices, patients = testing["slices"].iloc[0], testing["patients"].iloc[0]
     known = np.isfinite(patients)
     whose = f"{patients} patients" if known else "patients that nothing names"
@@ -197,7 +204,8 @@ def testing_in_words(testing: pd.DataFrame) -> str:
         whose = whose if known else "patients who are not all known"
         whose += f", {both} of them in TrainingData too (optimistic)"
     elif known:
-        whose += " that took part in nothing"
+        maybe = " who may be in TrainingData too (optimistic)"  # under no name
+        whose += " that took part in nothing" if patient_level else maybe
     top = testing[testing["accuracy"] == testing["accuracy"].max()]
     lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
     who = "all variants" if len(top) == len(testing) > 1 else ", ".join(top["variant"])
@@ -242,12 +250,12 @@ def say_forest(contrasts: pd.DataFrame) -> str:
     return f"{against} {training_in_words(contrasts)}"
 
 
-def say_accuracy(metrics: pd.DataFrame, best: pd.DataFrame) -> str:
-    """Return what the accuracy plot shows."""
+def say_accuracy(metrics: pd.DataFrame, best: pd.DataFrame, learning: Sequence[str] = ()) -> str:
+    """Return what the accuracy plot shows. learning: variants that did not converge."""
     rows = metrics[metrics["metric"] == "accuracy"].sort_values("value")
     low, high = rows.iloc[0], rows.iloc[-1]
     span = f"From {100 * low['value']:.0f} % ({low['variant']}) to {100 * high['value']:.0f} % ({high['variant']})"
-    return f"{span}. {best_in_words(best)}"
+    return f"{span}. {best_in_words(best, learning)}"
 
 
 def say_pairs(pairs: pd.DataFrame) -> str:
@@ -270,6 +278,8 @@ def say_sensitivities(metrics: pd.DataFrame, classes: tuple[str, ...]) -> str:
     mean = {c: metrics.loc[metrics["metric"] == f"sensitivity_{c}", "value"].mean() for c in classes}
     known = {c: 100 * value for c, value in mean.items() if np.isfinite(value)}
     worst, best = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    if known[worst] == known[best]:
+        return f"Mean over variants: {known[best]:.0f} % of every class."
     return (
         f"Mean over variants: hardest {worst} ({known[worst]:.0f} %), easiest {best} ({known[best]:.0f} %)."
     )

@@ -98,3 +98,11 @@ def test_endpoint_says_size_without_a_second_sign_and_where_training_noise_is_un
         "AUC, against 0_Dicom2PNG: 1_ROI lower by 3.1 points (1.2 to 5.0) (for these trained networks alone)."
     )
     assert "alone" not in endpoints_in_words(metrics, pd.DataFrame([row | {"seed_noise": 0.0}]), CLASSES)
+
+
+def test_endpoint_without_an_interval_is_not_said_to_show_no_difference():
+    classes = ("healthy", "bleed")
+    rows = random_table(40, 2, ALL_VARIANTS[:2], folds=2, classes=classes)
+    rows["p_healthy"] = (rows["label"] == "healthy").astype(float)  # all ranked right: no error to estimate
+    said = endpoints_in_words(metric_table(rows, n_draws=20), endpoint_table(rows, n_draws=40), classes)
+    assert "AUC, against 0_Dicom2PNG: not estimable" in said

@@ -9,6 +9,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -349,3 +350,22 @@ def test_worker_that_loaded_older_code_is_refused_though_it_was_sent_the_new(dat
 def test_two_notebooks_on_one_cluster_hear_their_own_news(data, tmp_path):
     one, other = (make_comparison_for(data, tmp_path / name) for name in ("a", "b"))
     assert engine.topic_of(one) != engine.topic_of(other)
+
+
+@pytest.mark.parametrize("hidden", ["data", "results"])
+def test_worker_that_sees_other_files_says_so(data, tmp_path, monkeypatch, hidden):
+    comparison = make_comparison_for(data, tmp_path / "r")
+    elsewhere = comparison.settings.model_copy(update={hidden: tmp_path / "another disk"})
+    worker = SimpleNamespace(get_current_task=lambda: "")
+    monkeypatch.setattr(engine, "get_worker", lambda: worker)
+    with pytest.raises(ValueError, match=r"a worker doesn't see .*another disk.* at the same path on all"):
+        engine.train_on_worker(replace(comparison, settings=elsewhere), comparison.runs[0], math.inf)
+    assert not (tmp_path / "another disk").exists()
+
+
+def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_path, monkeypatch):
+    comparison = make_comparison_for(data, tmp_path / "r")
+    done = {"accuracy": 0.5, "seconds": 1.0}
+    monkeypatch.setattr(engine, "complete_run", lambda *given: done)  # and nothing is where it should be
+    with pytest.raises(RuntimeError, match=r"4 runs ended, but are not whole in .*moved or emptied"):
+        engine.train_all(comparison)

@@ -92,3 +92,11 @@ def test_single_split_does_not_always_hold_out_the_patient_of_the_most_slices():
     largest = (slices["patient"] == "a 0").to_numpy()
     held_out = sum((make_folds(slices, 1, seed)[largest] == 0).all() for seed in range(40))
     assert 2 <= held_out <= 18  # 8 of 40 expected
+
+
+def test_evenest_shuffle_is_not_kept_where_it_leaves_a_fold_without_a_class():
+    """Of the 20 shuffles seven give each fold both classes, but not the evenest one."""
+    a, b = (4, 7, 5, 7, 1, 7, 3, 0), (0, 0, 0, 0, 0, 1, 1, 4)  # slices of eight patients
+    rows = [row for p in range(8) for row in [("b", p)] * b[p] + [("a", p)] * a[p]]
+    slices = pd.DataFrame(rows, columns=["label", "patient"])
+    assert (pd.crosstab(make_folds(slices, 3, seed=5), slices["label"]) > 0).all(axis=None)

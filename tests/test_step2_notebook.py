@@ -212,3 +212,9 @@ def test_notebook_away_from_its_modules_says_what_to_do(tmp_path):
     said = sentence_of(tmp_path)
     assert said.startswith("ModuleNotFoundError") and "start it in the folder of the clone" in said
     assert str(tmp_path) in said
+
+
+def test_reliability_counts_the_slices_that_were_tested(notebook):
+    """Of a single split, or of some folds, they are fewer than there are for training."""
+    cell = next(cell.source for cell in notebook.cells if "draw_reliability" in cell.source)
+    assert 'predictions["image"].nunique()' in cell and "len(slices.training)" not in cell

@@ -550,3 +550,23 @@ def test_table_that_excel_shows_is_named_when_another_comparison_begins(tmp_path
     monkeypatch.setattr(Path, "replace", held)
     with pytest.raises(PermissionError, match=r"metrics\.csv could not be moved to .*: close it in other"):
         files.put_aside(tmp_path, "another")
+
+
+@pytest.mark.parametrize("kind", ["json", "sealed"])
+def test_file_that_can_not_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, kind):
+    """A disk that wakes up, too many open files, another user's: what is whole must not be trained again."""
+    path = tmp_path / "kept"
+    getattr(files, f"write_{kind}")(path, {"a": 1} if kind == "json" else b"20 epochs")
+
+    def fail(self, *how, **named):
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*kept"):
+        getattr(files, f"read_{kind}")(path)
+
+
+def test_folder_that_is_gone_is_said_with_the_file_and_not_its_other_name(tmp_path):
+    with pytest.raises(OSError, match=r"metrics\.csv could not be written \(No such file .*run again"):
+        files.write_content(tmp_path / "gone" / "metrics.csv", b"")

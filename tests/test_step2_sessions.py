@@ -137,12 +137,14 @@ def test_first_epoch_that_takes_too_long_is_stopped(clock):
 
 def test_three_sessions_end_with_the_tables_of_one(data, tmp_path, clock, undisturbed, capsys):
     comparison = declare(data, tmp_path)
-    with pytest.raises(RuntimeError, match="is over, 0 of 9 runs are trained, no whole fold: run the same"):
+    with pytest.raises(
+        RuntimeError, match="is over, 0 of 9 runs are trained, no whole fold: run the notebook again"
+    ):
         engine.train_all(comparison, ends=1.5 * EPOCH_S)
     assert [epochs_done(comparison, run) for run in comparison.runs] == [1] + [0] * 8
 
     part = engine.train_all(comparison, ends=clock[0] + 6.5 * EPOCH_S)
-    said = "the time is over: what follows is about 1 of 3 folds alone; run the same again to train the rest"
+    said = "the time is over: what follows is about 1 of 3 folds alone; run the notebook again for the rest"
     assert said in capsys.readouterr().out
     assert [epochs_done(comparison, run) for run in comparison.runs] == [0] * 3 + [1] + [0] * 5
     whole = collect_predictions(undisturbed)

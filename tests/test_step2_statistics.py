@@ -399,7 +399,7 @@ def test_testing_in_words_names_no_patients_that_nothing_names():
         (False, "patients that nothing names", "slices, optimistic"),
     ):
         table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}, known=known)
-        assert summary.testing_in_words(table) == lead.format(whose, over)
+        assert summary.testing_in_words(table, patient_level=True) == lead.format(whose, over)
 
 
 def test_testing_slices_all_right_and_too_few_patients():
@@ -518,7 +518,7 @@ def test_testing_patients_that_are_in_training_too_did_take_part():
         predicted=["epidural"] * 20 + ["healthy"] * 4, p_healthy=0.5, p_epidural=0.5
     )
     table = score_testing({"0_Dicom2PNG": found}, testing, ["P1", "P2", "other"], n_draws=60)
-    said = summary.testing_in_words(table)
+    said = summary.testing_in_words(table, patient_level=True)
     assert said.startswith(
         "24 slices of 12 patients, 2 of them in TrainingData too (optimistic), by the mean"
     )
@@ -569,7 +569,9 @@ def test_testing_patients_partly_known():
     testing = pd.DataFrame({"image": [f"{i}.png" for i in range(24)], "label": "epidural"})
     testing["patient"] = [f"P{i // 2}" if i < 22 else "" for i in range(24)]
     found = testing[["image"]].assign(predicted="epidural", p_healthy=0.5, p_epidural=0.5)
-    said = summary.testing_in_words(score_testing({"a": found}, testing, ["P1"], n_draws=60))
+    said = summary.testing_in_words(
+        score_testing({"a": found}, testing, ["P1"], n_draws=60), patient_level=True
+    )
     assert "nothing names" not in said and "1 of them in TrainingData too" in said
 
 
@@ -582,3 +584,17 @@ def test_summary_says_what_was_left_out_and_what_the_commonest_class_gets_in_tes
     text = summarize(*given, **rest, left_out=left_out)
     assert "The unit is the patient. Left out: 4 refused by Step 1.\n" in text
     assert "all variants got the most right (83 %; always saying the commonest class gets 100 %)" in text
+
+
+def test_testing_patients_may_be_those_that_training_does_not_know():
+    table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20})
+    said = summary.testing_in_words(table, patient_level=False)
+    assert said.startswith(
+        "24 slices of 12 patients who may be in TrainingData too (optimistic), by the mean"
+    )
+
+
+def test_best_set_names_what_is_still_learning():
+    best = best_set(compare(random_table(60, 2, ALL_VARIANTS[:2], folds=3), n_draws=60))
+    assert best_in_words(best, ["1_ROI"]).endswith(" Still learning: 1_ROI.")
+    assert "learning" not in best_in_words(best)

@@ -7,7 +7,15 @@ from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 from step2 import summary
 from step2.metrics import metric_table, worst_mistakes
 from step2.statistics import best_set, compare, contrast_table, pair_table
-from step2.summary import detectable_text, headline, say_costs, say_forest, say_mistakes, say_reliability
+from step2.summary import (
+    detectable_text,
+    headline,
+    say_costs,
+    say_forest,
+    say_mistakes,
+    say_reliability,
+    say_sensitivities,
+)
 
 
 def test_answer_says_on_which_patients_networks_were_trained():
@@ -75,3 +83,16 @@ def test_pairs_of_few_patients_are_not_called_single():
     assert said == "Whether a step's pairs differ is not estimable from these data."
     one = pair_table(compare(random_table(30, 2, ALL_VARIANTS[:2], folds=2), n_draws=50))
     assert summary.say_pairs(one) == "No step has more than one pair here."
+
+
+def test_answer_of_a_single_split_is_about_these_networks():
+    table = random_table(20, 3, ALL_VARIANTS[:2], folds=1, classes=("healthy", "bleed"))
+    said = headline(contrast_table(compare(table, n_draws=60)))
+    assert said.startswith(
+        "These data can't tell any variant and 0_Dicom2PNG apart, for these trained networks"
+    )
+
+
+def test_classes_found_equally_often_are_not_ranked():
+    scores = {"variant": "1_ROI", "metric": ["sensitivity_a", "sensitivity_b"], "value": 1.0}
+    assert say_sensitivities(pd.DataFrame(scores), ("a", "b")) == "Mean over variants: 100 % of every class."
