@@ -1489,7 +1489,7 @@ def read_patient_id(path: Path) -> str:
     try:
         with refusing("unreadable header", ""):
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-            return str(ds.get("PatientID") or "")
+            return str(ds.get("PatientID") or "").strip()
     except (UnsuitableFile, MemoryError):
         return ""
 

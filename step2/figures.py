@@ -41,6 +41,7 @@ COLORS = (
 )
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))  # told apart in grey print
+TOP_LOSS = 4  # of the learning curves; what ends above it has its number at the edge
 KIND_LOOKS = {  # kind -> heading, marker, colour
     "primary": (f"Against {BASELINE} (primary)", "s", "#0072B2"),
     "factorial": ("Effect of a step (factorial)", "D", "#D55E00"),
@@ -128,8 +129,8 @@ def draw_curves(axis: plt.Axes, runs: pd.DataFrame, what: str, color: str) -> No
         axis.plot(mean.index, mean, color=tint, lw=1.8, label=label)
         ends.append((mean.iloc[-1], mean.index[-1], tint))
     for (value, epoch, tint), side in zip(sorted(ends), ("top", "bottom"), strict=True):
-        axis.annotate(f"{value:.2f}", (epoch, value), xytext=(2, 0), color=tint, textcoords="offset points",
-                      fontsize=7, va=side, annotation_clip=False)  # fmt: skip
+        axis.annotate(f"{value:.2f}", (epoch, min(value, TOP_LOSS)), xytext=(2, 0), color=tint, fontsize=7,
+                      textcoords="offset points", va=side, annotation_clip=False)  # fmt: skip
     axis.grid(alpha=0.3)
 
 
@@ -153,7 +154,7 @@ def draw_learning(
         loss.set_title(in_lines(variant) + "\nstill learning" * (variant in learning), size=8)
     ends = history.loc[history["epoch"] == history["epoch"].max(), "train_loss"]
     highest = max(history["val_loss"].max(), ends.max(), math.log(classes))
-    axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.15, 4)))
+    axes[0, 0].set(ylabel="log loss", ylim=(0, min(highest * 1.15, TOP_LOSS)))
     axes[1, 0].set(ylabel="accuracy")
     for axis in axes[:, -1]:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -246,10 +247,12 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
         fold_means = right[right["variant"] == name].groupby(["repeat", "fold"])["right"].mean()
         equal = fold_means.groupby(fold_means).cumcount().to_numpy()  # they are drawn apart
         dots = y + 0.24 + min(0.05, 0.25 / max(equal.max(), 1)) * equal
-        axis.plot(100 * fold_means, dots, "o", color="#888888", ms=3.5, label="" if y else "one fold")
+        axis.plot(
+            100 * fold_means, dots, "o", color="#888888", ms=3.5, label="" if y else "one fold", clip_on=False
+        )
         axis.plot([100 * low, 100 * high], [y, y], color=colors[name], lw=2.5, solid_capstyle="butt")
         fill, mark = (colors[name], " \N{BLACK STAR}") if name in best else ("white", "")
-        axis.plot(100 * value, y, "s", color=colors[name], mfc=fill, mew=2, ms=8)
+        axis.plot(100 * value, y, "s", color=colors[name], mfc=fill, mew=2, ms=8, clip_on=False)
         text = with_interval(value, low, high) + mark
         axis.text(1.03, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     if BASELINE in names:
@@ -338,6 +341,7 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
     auc.axvline(0.5, color="black", ls="--", lw=1)
     auc.set_yticks(range(len(names)), names)
     auc.set(ylim=(len(names) - 0.4, -0.6), xlabel="AUC, any hemorrhage (95 % CI); dashed: chance")
+    auc.set_xlim(min(0.4, auc.get_xlim()[0]), 1.02)
     for i, name in enumerate(shown):
         curve = mean_curve(predictions[predictions["variant"] == name])
         roc.plot(curve, label=name, color=colors[name], ls=LINE_STYLES[i % len(LINE_STYLES)], lw=1.8)

@@ -88,7 +88,7 @@ def detectable_text(primary: pd.DataFrame) -> str:
     span = " to ".join(dict.fromkeys((f"{reach.min():.1f}", f"{reach.max():.1f}")))
     return (
         f" With data of this size, a true difference of {span} points would be found in "
-        f"{100 * POWER:.0f} % of such studies; smaller ones are likely to be missed."
+        f"{100 * POWER:.0f} % of such studies; much smaller ones are likely to be missed."
     )
 
 
@@ -138,7 +138,10 @@ def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFr
 
 def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
-    lines = ["| comparison | points | 95 % interval | Holm p | seed noise, SD | verdict |", "|---" * 6 + "|"]
+    lines = [
+        "| comparison | points | 95 % interval | Holm p | seed noise, SD, points | verdict |",
+        "|---" * 6 + "|",
+    ]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
         noise = noise_text(row["seed_noise"])
@@ -228,10 +231,12 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
-        f"**Method.** Paired differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
+        "**Method.** A point is 1 % of the slices; brackets are 95 % intervals. Paired differences; the patients' "
+        f"part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
         f"accuracies; 95 % interval by t. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
-        f"{in_band(margin)}. All numbers come from `oof_predictions.csv` and `control_predictions.csv`.",
+        f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
+        "`control_predictions.csv`.",
     ]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -435,3 +436,23 @@ def test_neither_header_nor_histogram_tells_the_classes_apart(phantoms):
     assert header < 0.24
     assert level < 0.29
     assert grey < 0.60
+
+
+def test_labels_written_are_those_of_testing(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(phantoms, "write_slice", lambda item, seed, output: None)
+    args = ["--train-per-class", "1", "--test", "2", "--jobs", "1", "--output", str(tmp_path)]
+    assert phantoms.main(args) == 0
+    planned = [s for s in phantoms.plan_slices(1, 2, 0) if s.path.startswith("TestingData/")]
+    lines = sorted(f"{Path(s.path).name},{s.label}" for s in planned)
+    assert (tmp_path / "TestingData_labels.csv").read_text().splitlines() == ["image,label", *lines]
+
+
+def test_header_has_the_geometry_and_the_window_of_its_scanner(phantoms):
+    for number in range(1, 13):
+        patient = phantoms.make_patient(number, 5)
+        ds = phantoms.to_dicom(np.zeros((64, 64), np.int16), patient, 3.2, 2)
+        profile = phantoms.SCANNERS[patient.scanner]
+        window = tuple(float(np.ravel(value)[0]) for value in (profile.center, profile.width))
+        assert step1.header_window(ds) == window
+        assert list(ds.PixelSpacing) == pytest.approx([patient.spacing] * 2, abs=1e-6)
+        assert list(ds.ImagePositionPatient)[:2] == pytest.approx([-255.5 * patient.spacing] * 2, abs=1e-3)

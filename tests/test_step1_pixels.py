@@ -75,9 +75,10 @@ def test_padding_that_8_bits_cannot_hold_is_none():
     assert step1.hounsfield(stored, ct)[0].tolist() == [[48, 0, 40]]
 
 
-def test_padding_range_becomes_air():
+@pytest.mark.parametrize("ends", [(-2000, -1900), (-1900, -2000)])
+def test_padding_range_becomes_air(ends):
     ct = make_ct(np.array([[-2000, -1900, -1800, 5]], np.int16))
-    ct.PixelPaddingValue, ct.PixelPaddingRangeLimit = -2000, -1900
+    ct.PixelPaddingValue, ct.PixelPaddingRangeLimit = ends
     assert hu_and_grey(ct)[0].tolist() == [[-1000, -1000, -1800, 5]]
 
 
@@ -700,3 +701,9 @@ def test_voi_lut_of_8_bits_goes_beyond_255_steps(entries):
     hu = np.array([[-1000, -100, 0, 155, 156, 900, 3000]], np.float32)
     grey, _ = step1.dicom2png(hu, make_ct(hu.astype(np.int16), VOILUTSequence=Sequence([item])))
     assert grey.tolist() == [[0, 0, 100, 200, 200, 200, 200]]
+
+
+def test_signed_12bit_values_are_left_alone():
+    stored = np.array([[-2000, 0, 40]], np.int16)
+    hu, repaired = step1.hounsfield(stored, make_ct(stored, BitsStored=12, HighBit=11))
+    assert not repaired and hu.tolist() == [[-2000, 0, 40]]

@@ -362,3 +362,18 @@ def test_no_class_loses_more_than_half_of_its_patients_to_the_test_side():
         chosen = step1.choose_slices(candidates, per_class=1000, test_per_class=100, seed=seed)
         trained = chosen[chosen["split"] == "train"].groupby("label")["patient"].nunique()
         assert trained.get("epidural", 0) == 2 and len(trained) == 6, (seed, dict(trained))
+
+
+def test_spaces_round_a_patient_id_make_no_second_patient(tmp_path):
+    """They mean nothing (PS3.5 6.2, LO), and the manifest's pseudonym is of the id without them."""
+    path = save_ct(tmp_path / "a.dcm", plain_head(48), PatientID=" P1 ")
+    assert step1.read_patient_id(path) == "P1"
+
+
+def test_slices_without_a_patientid_are_left_out_and_counted(small, capsys):
+    save_ct(small / "stage_2_train_images" / "ID_e1.dcm", plain_head(48), PatientID=None)
+    rows = run(small, "--per-class", "10", "--test", "0")
+    assert (rows["patient"] != "").all()
+    said = capsys.readouterr().out
+    assert "left out: 1 slices without a readable PatientID" in said
+    assert "left out: 0 slices of one class, not needed" in said

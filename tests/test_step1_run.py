@@ -214,11 +214,12 @@ def test_missing_window_is_noted_in_the_manifest(raw):
     assert manifest(raw)["TestingData/t.dcm"]["window_source"] == "default"
 
 
-def test_test_labels_come_from_their_file(raw):
+def test_test_labels_come_from_their_file(raw, capsys):
     (raw / "TestingData_labels.csv").write_text("image,label\nt,subarachnoid\n", encoding="utf-8")
     run(raw)
     row = manifest(raw)["TestingData/t.dcm"]
     assert (row["split"], row["label"]) == ("test", "subarachnoid")
+    assert "name no file" not in capsys.readouterr().out
 
 
 def test_wrong_test_labels_are_a_usage_error(raw, capsys):
@@ -618,12 +619,6 @@ def test_extra_variants_are_made_again_and_removed_with_the_others(raw):
     assert changed == set(step1.KNOWN_VARIANTS) - {"0_Dicom2PNG", "8_Mask", "11_ROI+windows"}
 
 
-def test_roi_window_header_keeps_the_headers_window(raw):
-    run(raw, "--roi-window", "header")
-    images = pngs(raw)
-    assert images["1_ROI/TrainingData/healthy/a.png"] == images["0_Dicom2PNG/TrainingData/healthy/a.png"]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -948,3 +943,70 @@ def test_picture_whose_path_is_too_long_for_windows_costs_its_file_alone(raw, mo
     assert run(raw) == 1
     reasons = {source: row["reason"] for source, row in manifest(raw).items() if row["status"] != "ok"}
     assert list(reasons) == ["TrainingData/healthy/a.dcm"] and "shorter --output" in reasons.popitem()[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "lowest", "width"),
+    [((), 0, 79), (("brain",), 0, 79), (("header",), -200, 599), (("50,130",), -15, 129)],
+)
+def test_roi_shows_the_brain_window_or_the_one_asked_for(raw, options, lowest, width):
+    save_ct(raw / "TrainingData" / "healthy" / "a.dcm", plain_head(), WindowCenter=100, WindowWidth=600)
+    run(raw, "--variants", "1", *(part for option in options for part in ("--roi-window", option)))
+    image = cv2.imread(str(raw.parent / "out" / "1_ROI" / "TrainingData" / "healthy" / "a.png"), -1)
+    assert image[64, 64] == round((35 - lowest) * 255 / width)  # LINEAR
+
+
+def test_what_is_special_about_slices_is_counted_and_noted(raw, capsys):
+    window, hu = {"WindowCenter": 40, "WindowWidth": 80}, plain_head()
+    stored = np.where(hu < 0, hu + 4096, hu).astype(np.uint16)
+    folder = raw / "TrainingData" / "healthy"
+    save_ct(folder / "wrapped.dcm", stored, BitsStored=12, HighBit=11, **window)
+    save_ct(folder / "blank.dcm", np.full((64, 64), -1000, np.int16), **window)
+    save_ct(folder / "nameless.dcm", hu, PatientID=None, **window)
+    ct = make_ct(hu, **window)
+    ct.PixelData += bytes(500)  # of which pydicom warns
+    ct.save_as(folder / "long.dcm", enforce_file_format=True)
+    assert run(raw) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: 1 ")]
+    assert [note.split(",")[0].removeprefix("note: 1 ") for note in notes] == [
+        *("without a usable window in the header", "with the 12-bit wrap", "blank", "without PatientID"),
+        "with warnings",
+    ]
+    repaired = [source for source, row in manifest(raw).items() if row["hu_repaired"] == "1"]
+    assert repaired == ["TrainingData/healthy/wrapped.dcm"]
+
+
+def test_preview_passes_over_blank_and_testing_slices(raw):
+    window = {"WindowCenter": 40, "WindowWidth": 80}
+    save_ct(raw / "TrainingData" / "subdural" / "a.dcm", np.full((128, 128), -1000, np.int16), **window)
+    save_ct(raw / "TestingData" / "a.dcm", plain_head(brain_hu=20), **window)
+    (raw / "TestingData_labels.csv").write_text("image,label\na,subdural\n", encoding="utf-8")
+    run(raw, "--variants", "0", "4")
+    assert preview_tiles(raw, 3, 2)[1, 98, 0, 98] == round(60 * 255 / 79)  # c.dcm
+
+
+def test_preview_shows_no_slice_that_is_gone(raw):
+    run(raw, "--variants", "0")
+    (raw / "TrainingData" / "subdural" / "c.dcm").unlink()
+    run(raw, "--variants", "0")
+    assert preview_tiles(raw, 2, 1).any()
+
+
+def test_many_bad_files_are_counted_and_not_all_named(raw, capsys, monkeypatch):
+    monkeypatch.setattr(step1, "FAILED_SHOWN", 2)
+    for number in range(5):
+        (raw / "TestingData" / f"{number}").write_bytes(b"no DICOM")
+    assert run(raw, "--variants", "0") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[-1] == "failed: 3 more, see manifest.csv"
+
+
+def test_manifest_is_sorted_by_source(raw):
+    run(raw, "--variants", "0")
+    assert list(manifest(raw)) == sorted(manifest(raw)) and len(manifest(raw)) == 4
+
+
+def test_reasons_and_warnings_quote_no_value_and_no_uid():
+    said = step1.one_line("Invalid value 'SECRET^Name' of\n 1.2.840.113619.2.55.3, and \"SECRET-ID\" too")
+    assert "SECRET" not in said
+    assert step1.one_line("Invalid UID 1.2.840.113619.2.55.3\n of it") == "Invalid UID ... of it"

@@ -12,7 +12,7 @@ from conftest import plain_head, save_ct
 from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictures
 
 from step2 import engine, figures
-from step2.costs import cost_table
+from step2.costs import cost_table, png_kilobytes, training_minutes
 from step2.explain import draw_cams
 from step2.runs import Comparison, collect_history, collect_predictions
 from step2.slices import read_slices
@@ -107,3 +107,15 @@ def test_comparison_refuses_a_variant_that_mixes_grey_and_colour(tinted, tmp_pat
     shutil.copy(data / GREY / image, data / COLOUR / image)
     with pytest.raises(ValueError, match=rf"11_ROI\+windows mixes grey pictures \({image}\) and colour"):
         make_comparison_for(data, tmp_path / "results", (GREY, COLOUR), folds=1)
+
+
+def test_costs_by_hand(tmp_path):
+    rows = [("a", 1, 1, False, 60.0), ("a", 1, 1, False, 60.0)]
+    rows += [("a", 1, 2, False, 240.0), ("a", 1, 1, True, 900.0)]
+    history = pd.DataFrame(rows, columns=["variant", "repeat", "fold", "control", "seconds"])
+    assert training_minutes(history).to_dict() == {"a": 3.0}
+    (tmp_path / "a").mkdir()
+    for name, size in (("x.png", 2000), ("y.png", 4000)):
+        (tmp_path / "a" / name).write_bytes(bytes(size))
+    table = pd.DataFrame({"variant": "a", "image": ["x.png", "y.png"]})
+    assert png_kilobytes(tmp_path, table).to_dict() == {"a": 3.0}

@@ -8,6 +8,7 @@ from step2_helpers import ALL_VARIANTS, CLASSES, random_table
 
 from step2.endpoints import endpoint_table
 from step2.metrics import concordance, metric_table, ranking_estimates, sensitivity_at_90
+from step2.statistics import holm
 from step2.summary import endpoints_in_words
 
 
@@ -51,6 +52,8 @@ def test_auc_interval_is_on_the_logit_scale():
 
 def test_contrasts_of_both_endpoints():
     table = endpoint_table(random_table(200, 2, ALL_VARIANTS, folds=2), n_draws=60)
+    for _, family in table.groupby(["endpoint", "kind"]):
+        assert list(family["p_holm"]) == pytest.approx(list(holm(family["p_value"])))
     assert set(table["endpoint"]) == {"AUC", "sensitivity at 90 % specificity"}
     assert (table.groupby("endpoint")["kind"].apply(lambda kind: (kind == "primary").sum()) == 6).all()
     first = table.iloc[0]

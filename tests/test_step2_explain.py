@@ -1,12 +1,15 @@
 """Grad-CAM finds the pixels that a score depends on."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from step2_helpers import make_settings
+from step2_helpers import SIZE, VARIANTS, make_comparison_for, make_settings, write_pictures
 
+from step2 import explain
 from step2.explain import grad_cam
 from step2.network import build_network
+from step2.pictures import read_png
 
 
 class Corners(torch.nn.Module):
@@ -37,3 +40,22 @@ def test_grad_cam_of_a_real_network_is_a_map_from_0_to_1(channels):
     network = build_network(make_settings(image_size=96), 0.1, 6)
     maps = grad_cam(network, pictures, torch.tensor([0, 1, 2]))
     assert maps.shape == (3, 96, 96) and maps.min() >= 0 and maps.max() <= 1
+
+
+def test_heat_maps_are_of_held_out_slices_and_of_their_own_class(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data")
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "r")
+    slices, fold_of, shown, asked = comparison.slices.training, comparison.fold_of[0], [], []
+
+    def cam(network, pictures, truth):
+        asked.append(truth.tolist())
+        return np.zeros((len(pictures), SIZE, SIZE))
+
+    monkeypatch.setattr(explain, "load_last", lambda *given: None)
+    monkeypatch.setattr(explain, "grad_cam", cam)
+    monkeypatch.setattr(explain, "read_png", lambda path, size: shown.append(path) or read_png(path, size))
+    rows = slices.assign(variant=VARIANTS[0], repeat=1, fold=fold_of + 1)
+    plt.close(explain.draw_cams(comparison, rows.sort_values("fold", ascending=False)))
+    assert asked == [[1, 2, 3, 4, 5]] * 2
+    images = slices["image"][fold_of == 0]
+    assert len(shown) == 10 and set(shown) <= {tmp_path / "data" / v / i for v in VARIANTS for i in images}

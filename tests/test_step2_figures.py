@@ -1,20 +1,32 @@
 """Figures draw for few and many variants, and titles say what made them."""
 
+import io
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
-from step2_helpers import ALL_VARIANTS, CLASSES, VARIANTS, prediction_table, random_table
+from step2_helpers import (
+    ALL_VARIANTS,
+    CLASSES,
+    SIZE,
+    VARIANTS,
+    make_settings,
+    prediction_table,
+    random_table,
+    write_pictures,
+)
 
 from step2 import figures, summary
 from step2.metrics import class_warnings, metric_table
 from step2.network import InitialWeights
-from step2.report import Report, make_caption
+from step2.pictures import read_png
+from step2.report import Report, make_caption, small_png
 from step2.runs import Comparison
 from step2.settings import read_settings
-from step2.slices import Slices
+from step2.slices import Slices, read_slices
 from step2.statistics import compare, contrast_table, pair_table
 from step2.variants import KNOWN_VARIANTS
 
@@ -177,7 +189,8 @@ def test_table_is_printed_under_its_caption_outside_of_a_notebook(tmp_path, caps
 
 def test_slices_are_counted_in_digits():
     counts = np.array([[920.0, 80], [57, 1943]])
-    assert summary.say_confusions(counts, ("healthy", "subdural"), "1_ROI").endswith("80 of 1000 slices.")
+    said = summary.say_confusions(counts, ("healthy", "subdural"), "1_ROI")
+    assert said == "1_ROI's most frequent confusion: healthy called subdural, 80 of 1000 slices."
     table = random_table(1500, 1, VARIANTS, classes=("healthy", "subdural"))
     figure = figures.draw_confusions(table, VARIANTS)
     assert not [t.get_text() for axis in figure.axes for t in axis.texts if "e+" in t.get_text()]
@@ -263,3 +276,122 @@ def test_learning_rate_of_the_last_step_is_drawn_to_its_end():
     figure = figures.draw_rates([0.1, 0.2, 0.05], 3)
     assert figure.axes[0].patches[0].get_path().vertices[:, 0].max() == 3
     plt.close(figure)
+
+
+def test_colours_of_a_figure_survive_in_the_notebook():
+    figure = figures.draw_forest(
+        contrast_table(compare(random_table(63, 1, ALL_VARIANTS, folds=3), n_draws=60))
+    )
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    small = PIL.Image.open(io.BytesIO(small_png(drawn))).convert("RGB")
+    full = PIL.Image.open(drawn).convert("RGB").resize(small.size, PIL.Image.Resampling.LANCZOS)
+    apart = np.array(small, float) - np.array(full, float)
+    assert np.sqrt((apart**2).sum(-1)).max() < 30  # a median cut: 75
+
+
+def test_last_loss_beyond_the_axis_stands_at_its_edge():
+    history = pd.DataFrame({"variant": "a", "control": False, "repeat": 1, "fold": 1, "epoch": [1, 2, 3]})
+    history = history.assign(train_loss=0.7, val_loss=15.0, train_accuracy=0.9, val_accuracy=0.3)
+    loss = figures.draw_learning(history, ["a"], 6).axes[0]
+    assert [text.get_text() for text in loss.texts] == ["0.70", "15.00"]
+    assert all(text.xy[1] <= loss.get_ylim()[1] for text in loss.texts)
+    plt.close(loss.figure)
+
+
+# ---------------------------------------- what stands where
+
+
+def marked(axis: plt.Axes, marker: str = "s") -> list[tuple[float, float]]:
+    """Return where single markers stand."""
+    places = [line.get_xydata() for line in axis.lines if line.get_marker() == marker]
+    return [(place[0, 0], place[0, 1]) for place in map(np.asarray, places) if len(place) == 1]
+
+
+def some_metric(metric: str, values: tuple[float, float]) -> pd.DataFrame:
+    """Return a metric of TWO, each with an interval of +-0.1."""
+    rows = [(v, metric, x, x - 0.1, x + 0.1) for v, x in zip(TWO, values, strict=True)]
+    return pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high"])
+
+
+def test_accuracies_and_stars_stand_at_their_variants():
+    table = random_table(12, 1, TWO)
+    figure = figures.draw_accuracy(table, some_metric("accuracy", (0.3, 0.6)), ["1_ROI"])
+    axis = figure.axes[0]
+    plt.close(figure)
+    assert marked(axis) == [(30, 0), (60, 1)]
+    assert [text.get_text().endswith("\N{BLACK STAR}") for text in axis.texts] == [False, True]
+
+
+def test_auc_of_each_variant_stands_at_its_value():
+    table = random_table(20, 2, TWO)
+    figure = figures.draw_any_hemorrhage(table, some_metric("any_auc", (0.7, 0.8)), TWO[:1])
+    plt.close(figure)
+    assert marked(figure.axes[0]) == [(0.7, 0), (0.8, 1)]
+
+
+def test_forest_shows_each_difference_within_its_interval():
+    rows = [("1_ROI", 0.03, 0.01, 0.06), ("2_ROI+CLAHE", -0.02, -0.05, 0.04)]
+    table = pd.DataFrame(rows, columns=["contrast", "difference", "ci_low", "ci_high"])
+    figure = figures.draw_forest(table.assign(kind="primary", p_holm=0.1, seed_noise=0.0))
+    axis = figure.axes[0]
+    plt.close(figure)
+    assert marked(axis) == [(3, 1), (-2, 2)]
+    level = [line for line in axis.lines if len(line.get_xdata()) == 2 and len(set(line.get_ydata())) == 1]
+    assert [tuple(line.get_xdata()) for line in level] == [(1, 6), (-5, 4)]
+
+
+def test_confusion_matrix_has_truth_in_rows():
+    table = prediction_table({"a": ["epidural"] * 3}, ["healthy"] * 3, list("PQR"))
+    figure = figures.draw_confusions(table, ["a"])
+    axis = figure.axes[0]
+    plt.close(figure)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted", "true")
+    assert [text.get_position() for text in axis.texts if text.get_text() == "3"] == [(5, 0)]
+
+
+def test_reliability_has_confidence_across_and_accuracy_upwards():
+    labels = ["epidural"] * 4
+    table = prediction_table({"a": [*labels[:3], "healthy"]}, labels, list("PQRS"))
+    rows = [("a", "calibration_error", 0.25, 0.1, 0.4)]
+    metrics = pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high"])
+    figure = figures.draw_reliability(table, metrics, ["a"])
+    dots = figure.axes[0].collections[-1].get_offsets()
+    plt.close(figure)
+    assert dots.tolist() == [[50, 75]]
+
+
+def test_learning_curves_name_their_side():
+    history = pd.DataFrame({"variant": "a", "control": False, "repeat": 1, "fold": 1, "epoch": [1, 2]})
+    history = history.assign(train_loss=0.2, val_loss=0.6, train_accuracy=0.9, val_accuracy=0.7)
+    figure = figures.draw_learning(history, ["a"], 2)
+    plt.close(figure)
+    found = [{line.get_label(): line.get_ydata()[-1] for line in axis.lines} for axis in figure.axes]
+    assert [(f["training"], f["held out"]) for f in found] == [(0.2, 0.6), (0.9, 0.7)]
+
+
+def test_mistakes_say_truth_and_prediction(monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "read_png", lambda path, size: np.zeros((size, size), np.uint8))
+    columns = ["variant", "image", "label", "predicted", "confidence"]
+    rows = pd.DataFrame([("1_ROI", "a.png", "subdural", "healthy", 0.9)], columns=columns)
+    figure = figures.draw_mistakes(rows, tmp_path, 32)
+    plt.close(figure)
+    assert figure.axes[0].get_title() == "1_ROI\nis subdural\nsaid healthy, 90%"
+
+
+def test_pairs_say_what_a_step_comes_on_top_of():
+    columns = ["step", "a", "b", "difference", "ci_low", "ci_high"]
+    pairs = pd.DataFrame([("CLAHE", "2_ROI+CLAHE", "1_ROI", 0.02, 0.01, 0.03)], columns=columns)
+    figure = figures.draw_pairs(pairs)
+    plt.close(figure)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["on top of\n1_ROI"]
+
+
+def test_augmented_begins_with_the_picture_as_it_is(tmp_path):
+    write_pictures(tmp_path, 1, ("1_ROI",))
+    figure = figures.draw_augmented(make_settings(data=tmp_path), "1_ROI", read_slices(tmp_path).training, 1)
+    plt.close(figure)
+    plain, changed = (axis.images[0].get_array() for axis in figure.axes[:2])
+    picture = read_png(tmp_path / "1_ROI/TrainingData/healthy/0.0.png", SIZE)
+    assert np.array_equal(plain, picture) and not np.array_equal(changed, picture)

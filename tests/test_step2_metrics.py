@@ -3,17 +3,23 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
-from step2_helpers import CLASSES, prediction_table, random_table
+from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
+from step2.estimates import Estimates
 from step2.metrics import (
     auc_draws,
     calibration_error,
     class_warnings,
     concordance,
+    confusion_counts,
     confusion_metrics,
+    interval_of,
+    mean_curve,
     metric_interval,
     metric_table,
+    reliability,
     worst_mistakes,
 )
 from step2.statistics import compare
@@ -102,3 +108,47 @@ def test_repeated_single_splits_have_the_accuracy_that_their_contrasts_compare()
 def test_slices_of_nobody_are_no_known_patients():
     table = prediction_table({"a": ["healthy"] * 8}, ["healthy"] * 8, [""] * 8)
     assert class_warnings(table, False)[0].startswith("healthy: only 8 patients, or slices of unknown ones")
+
+
+def test_interval_of_accuracy_holds_training_noise():
+    rows = random_table(60, 2, ALL_VARIANTS[:3], folds=3)
+    lucky = rows["fold"] == rows["variant"].map(ALL_VARIANTS.index)
+    rows["predicted"] = rows["predicted"].where(~lucky, rows["label"])
+    found = compare(rows, n_draws=60).found
+    row = metric_table(rows, n_draws=60).set_index(["variant", "metric"]).loc[("1_ROI", "accuracy")]
+    assert found.training > 0
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval_of(found, "1_ROI", logit=False))
+
+
+def test_interval_of_accuracy_by_hand():
+    found = Estimates(("a", "b"), np.array([0.5, 0.6]), 1e-4 * np.eye(2), 0.0, 0.0, 0.25, (499, 20, 4))
+    half = stats.t.ppf(0.975, 499) * 0.01
+    assert interval_of(found, "b", logit=False) == pytest.approx((0.6 - half, 0.6 + half))
+
+
+def test_interval_of_a_metric_by_hand():
+    """Draws with a standard deviation of 0.1, 20 patients: Student's t of 19 degrees of freedom."""
+    draws = np.tile([0.4, 0.6], 5000)
+    half = 2.093024 * 0.1 * np.sqrt(20 / 19)
+    assert metric_interval("macro_f1", 0.5, draws, 20) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-3)
+    f1, loss = (metric_interval(name, 0.95, draws, 20)[1] for name in ("macro_f1", "log_loss"))
+    assert f1 == 1 < loss
+
+
+def test_reliability_of_a_bin_by_hand():
+    labels = ["epidural"] * 4
+    table = reliability(prediction_table({"a": [*labels[:3], "healthy"]}, labels, list("PQRS")))
+    assert table[["confidence", "accuracy", "slices"]].to_numpy().tolist() == [[0.5, 0.75, 4]]
+
+
+def test_roc_curve_is_the_mean_of_folds_weighted_by_pairs():
+    """Four pairs in order in one fold, one the wrong way round in the other."""
+    labels = ["healthy", "healthy", "epidural", "epidural", "healthy", "epidural"]
+    rows = prediction_table({"a": [*labels[:4], *labels[:3:-1]]}, labels, list("PQRSTU"))
+    curve = mean_curve(rows.assign(fold=[0, 0, 0, 0, 1, 1]))
+    assert curve.iloc[0] == 0 and curve.iloc[1:-1].to_numpy() == pytest.approx(0.8)
+
+
+def test_confusion_counts_are_a_mean_over_repeats():
+    rows = random_table(20, 2, ["a"], repeats=3)
+    assert confusion_counts(rows).sum() == pytest.approx(rows["image"].nunique())

@@ -17,8 +17,10 @@ import pytest
 import torch
 from step2_helpers import SIZE, VARIANTS, make_comparison_for, write_pictures
 
-from step2 import engine, files, runs, training
+from step2 import engine, files, report, runs, training
 from step2.explain import draw_cams
+from step2.network import InitialWeights
+from step2.pictures import read_png
 from step2.report import Report, describe_runs, make_caption
 from step2.runs import Run, collect_history, collect_predictions
 from step2.slices import read_slices
@@ -570,3 +572,32 @@ def test_file_that_can_not_be_read_now_is_not_taken_for_damaged(tmp_path, monkey
 def test_folder_that_is_gone_is_said_with_the_file_and_not_its_other_name(tmp_path):
     with pytest.raises(OSError, match=r"metrics\.csv could not be written \(No such file .*run again"):
         files.write_content(tmp_path / "gone" / "metrics.csv", b"")
+
+
+def by_brightness(trainer, batches):
+    """Return probabilities that tell pictures apart, in place of predict's."""
+    light = np.concatenate([pictures.double().mean((1, 2, 3)).numpy() / 255 for pictures, _ in batches])
+    return np.column_stack([light, 1 - light, *np.zeros((4, len(light)))])
+
+
+def test_probabilities_stand_beside_their_own_slices(tmp_path, monkeypatch):
+    """A network of few steps gives all slices the same ones, and would not show it."""
+    write_pictures(tmp_path / "data", 3, ("1_ROI",))
+    comparison = make_comparison_for(tmp_path / "data", tmp_path / "r", ("1_ROI",), folds=1)
+    monkeypatch.setattr(training, "train_epoch", lambda *given: {"epoch": given[4] + 1, "seconds": 0.0})
+    for module in (training, runs):
+        monkeypatch.setattr(module, "predict", by_brightness)
+    engine.train_all(comparison)
+    for table in (collect_predictions(comparison), runs.average_testing(comparison, "1_ROI")):
+        pictures = [read_png(tmp_path / "data/1_ROI" / image, SIZE) for image in table["image"]]
+        assert list(table["p_healthy"]) == pytest.approx([picture.mean() / 255 for picture in pictures])
+
+
+def test_fallbacks_are_named(data, tmp_path, monkeypatch):
+    comparison = make_comparison_for(data, tmp_path, ("1_ROI",), folds=1)
+    note = dict.fromkeys(("device", "speed", "threads", "system", "versions"), "same")
+    monkeypatch.setattr(report, "read_note", lambda *given: note | {"part": 4, "seconds": 1.0})
+    weights = InitialWeights("auto", "none", "", "", "random initial weights: no download")
+    memory, random = describe_runs(replace(comparison, weights=weights))["fallbacks"]
+    assert memory.endswith(": memory ended, 4 of 8 slices at a time") and random == weights.note
+    assert len(describe_runs(comparison)["fallbacks"]) == 1  # weights = "none" was asked for

@@ -167,7 +167,7 @@ def test_two_processes_stop_and_go_on_too(data, tmp_path, monkeypatch, undisturb
             return complete_run(comparison, run, tell, over if run.fold == 3 else ends)
 
         patch.setattr(engine, "complete_run", limited)
-        assert part_in_words(engine.train_all(declare(data, tmp_path))) == "2 of 3 folds"
+        assert part_in_words(engine.train_all(declare(data, tmp_path), over + 600)) == "2 of 3 folds"
         assert trained == [*both.runs[:7]]
     assert part_in_words(engine.train_all(both, ends=over)) == "2 of 3 folds"
     assert tables(engine.train_all(both, ends=time.time() + 600)) == tables(undisturbed)

@@ -206,3 +206,8 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
 def test_healthy_and_bleed_do_not_miss_the_subtypes(manifest, tmp_path):
     manifest["label"] = ["healthy" if label == "healthy" else "bleed" for label in manifest["label"]]
     assert read_instead(tmp_path, manifest).classes_in_words() == "2 classes: healthy, bleed"
+
+
+def test_order_of_the_manifests_rows_does_not_matter(manifest, tmp_path):
+    expected = read_slices(tmp_path)
+    assert read_instead(tmp_path, manifest[::-1]).training.equals(expected.training)

@@ -28,6 +28,7 @@ from step2.estimates import (
 )
 from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
+    band_position,
     best_in_words,
     best_set,
     compare,
@@ -162,6 +163,7 @@ def test_error_adds_both_sources_and_freedom_follows_from_both():
     assert row["patient_error"] == pytest.approx(0.01 * 2**0.5)
     assert row["training_error"] == pytest.approx((0.0004 * 0.25 * 2) ** 0.5)
     assert row["error"] == pytest.approx(np.hypot(row["patient_error"], row["training_error"]))
+    assert row["seed_noise"] == pytest.approx(((0.0008 - 0.0004 / (1 + CAUTION)) * 0.25 * 2) ** 0.5)
     both, doubt = 0.0002 + 0.0002, 0.0004  # patients and luck; the interaction that luck was taken from
     assert row["freedom"] == pytest.approx(both**2 / (0.0002**2 / 499 + doubt**2 / 20))
     quiet = some_estimates([0.5, 0.6], error=0.001, training=0.0004)
@@ -598,3 +600,53 @@ def test_best_set_names_what_is_still_learning():
     best = best_set(compare(random_table(60, 2, ALL_VARIANTS[:2], folds=3), n_draws=60))
     assert best_in_words(best, ["1_ROI"]).endswith(" Still learning: 1_ROI.")
     assert "learning" not in best_in_words(best)
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "p", "words"),
+    [
+        (0.031, 0.012, 0.050, 0.01, "CLAHE helps by 3.1 points (1.2 to 5.0)"),
+        (-0.031, -0.050, -0.012, 0.01, "CLAHE hurts by 3.1 points (1.2 to 5.0)"),
+        (0.004, -0.020, 0.028, 0.70, "these data can't tell whether CLAHE helps or hurts: "),
+        (0.001, -0.006, 0.008, 0.70, "CLAHE makes no difference within 1 point: "),
+    ],
+)
+def test_verdict_of_a_step(difference, low, high, p, words):
+    row = some_row(kind="factorial", contrast="effect of CLAHE", a="2_ROI+CLAHE", b="1_ROI")
+    row |= {"difference": difference, "ci_low": low, "ci_high": high, "p_holm": p}
+    assert verdict(row).startswith(words)
+
+
+def test_control_that_differs_is_said():
+    row = some_row(kind="control", difference=0.03, ci_low=0.01, ci_high=0.05, p_holm=0.01)
+    assert verdict(row).startswith("one variant against itself differs")
+    assert verdict(row | {"ci_low": -0.01}).startswith("one variant against itself shows no difference")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "band"),
+    [(0.02, 0.05, "outside"), (-0.05, -0.02, "outside"), (-0.02, 0.05, "across"), (-0.01, 0.01, "inside")],
+)
+def test_place_of_an_interval_beside_the_band(low, high, band):
+    assert band_position({"ci_low": low, "ci_high": high}) == band
+
+
+def test_detectable_difference_is_that_of_a_t_test_corrected_within_its_family():
+    found = contrast_table(compare(random_table(30, 2, ALL_VARIANTS), n_draws=60))  # one fold: patients alone
+    for kind, family in (("primary", 6), ("factorial", 3)):
+        row = found[found["kind"] == kind].iloc[0]
+        t = stats.t(row["n_patients"] - 1)
+        assert row["detectable"] == pytest.approx((t.ppf(1 - 0.05 / family / 2) + t.ppf(0.8)) * row["error"])
+
+
+def test_dunnett_with_training_noise():
+    found = replace(some_estimates([0.5, 0.5, 0.5], training=0.0016), freedom=(10**6,) * 3)
+    error = np.hypot(*found.errors(found.coefficients([("v1", "v0")]))[:2])
+    assert best_of(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / error == pytest.approx(1.92, abs=0.03)
+
+
+def test_repeats_make_no_slices_and_no_smaller_mcnemar():
+    labels, patients = ["epidural"] * 24, [f"P{i // 2}" for i in range(24)]
+    calls = {"1_ROI": labels * 2, "0_Dicom2PNG": (["healthy"] * 6 + labels[6:]) * 2}
+    row = contrast_table(compare(prediction_table(calls, labels, patients, repeats=2), n_draws=60)).iloc[0]
+    assert row["n_images"] == 24 and row["p_mcnemar"] == pytest.approx(2 / 2**6)

@@ -96,3 +96,47 @@ def test_answer_of_a_single_split_is_about_these_networks():
 def test_classes_found_equally_often_are_not_ranked():
     scores = {"variant": "1_ROI", "metric": ["sensitivity_a", "sensitivity_b"], "value": 1.0}
     assert say_sensitivities(pd.DataFrame(scores), ("a", "b")) == "Mean over variants: 100 % of every class."
+
+
+def test_summary_says_what_points_and_brackets_are():
+    text = "\n".join(summary.limit_lines(True, 0.01, True))
+    assert "point is 1 % of the slices" in text and "95 % intervals" in text and "All numbers" not in text
+
+
+def some_contrasts() -> pd.DataFrame:
+    """Return three contrasts, one clear and two equivalent."""
+    rows = [
+        ("1_ROI", 0.031, 0.012, 0.05, 0.01, "across", "beats"),
+        ("2_ROI+CLAHE", 0.001, -0.004, 0.006, 0.7, "inside", "same"),
+        ("3_ROI+CLAHE+Bilateral", -0.002, -0.006, 0.002, 0.7, "inside", "same"),
+    ]
+    columns = ["contrast", "difference", "ci_low", "ci_high", "p_holm", "band", "verdict"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(kind="primary", seed_noise=0.021, training_sd=0.02, detectable=0.05, p_value=0.002)
+
+
+def test_answer_counts_what_is_equivalent():
+    assert headline(some_contrasts()).startswith("Beats. 2 of 3 are within 1 point of it. ")
+
+
+def test_rows_of_the_tables():
+    line = summary.contrast_lines(some_contrasts())[2]
+    assert line == "| 1_ROI | +3.1 | +1.2 to +5.0 | 0.010 | 2.1 | beats |"
+    rows = [("a", "accuracy", 0.6, 0.5, 0.7), ("a", "any_auc", 0.8, 0.75, 0.9)]
+    metrics = pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high"])
+    best = pd.DataFrame({"variant": ["a"], "in_best_set": [True], "ci_high": [0.0]})
+    line = summary.accuracy_lines(metrics, best, pd.DataFrame())[2]
+    assert line == "| a | 60.0 (50.0 to 70.0) | yes | 0.80 (0.75 to 0.90) |"
+
+
+def test_sentences_name_the_highest_and_the_lowest():
+    rows = [("a", "accuracy", 0.6), ("b", "accuracy", 0.3)]
+    rows += [("a", "sensitivity_x", 0.9), ("a", "sensitivity_y", 0.2)]
+    metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
+    said = summary.say_accuracy(metrics, pd.DataFrame({"variant": ["a"]}))
+    assert said.startswith("From 30 % (b) to 60 % (a).")
+    said = summary.say_sensitivities(metrics, ("x", "y"))
+    assert said == "Mean over variants: hardest y (20 %), easiest x (90 %)."
+    pairs = pd.DataFrame({"step": "CLAHE", "difference": [0.02, -0.01], "p_differ": 0.03})
+    words = "CLAHE: \N{MINUS SIGN}1.0 to +2.0 points, pairs differ with p = 0.030."
+    assert summary.say_pairs(pairs).startswith(words)

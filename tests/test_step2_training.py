@@ -11,11 +11,15 @@ import pytest
 import torch
 from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictures
 
+from step2 import training
 from step2.files import write_sealed
+from step2.network import InitialWeights, build_network, learning_rate
+from step2.pictures import Pictures
 from step2.runs import Run
 from step2.speed import choose_precision, choose_speed, measure_speed, seconds_a_step, what_fits
 from step2.training import (
     CURVE_POINTS,
+    RunInput,
     Speed,
     Trainer,
     half_weights,
@@ -25,11 +29,14 @@ from step2.training import (
     out_of_memory,
     save_weights,
     snapshot,
+    train_epoch,
+    train_run,
     train_step,
     write_checkpoint,
 )
 
 CPU = torch.device("cpu")
+PLAIN = Speed("no", False, False, False, 8, ())
 
 
 def make_trainer(part: int = 7) -> Trainer:
@@ -350,3 +357,80 @@ def test_same_seed_for_all_variants_and_another_for_the_control(tmp_path):
 )
 def test_memory_that_ends_is_known_by_each_librarys_words(message):
     assert out_of_memory(RuntimeError(message))
+
+
+# ---------------------------------------- what is trained on what
+
+
+def test_each_slice_is_trained_with_its_own_label(monkeypatch):
+    seen, picture = [], torch.zeros(2, 1, 2, 2)
+
+    def step(trainer, pictures, labels, rate):
+        seen.append(labels.tolist())
+        return torch.zeros(2)
+
+    monkeypatch.setattr(training, "train_step", step)
+    batches = [(picture, torch.tensor([3, 0])), (picture, torch.tensor([2, 1]))]
+    train_epoch(make_trainer(), batches, 2, torch.tensor([0, 10, 20, 30]), 0, lambda epochs: None)
+    assert seen == [[30, 0], [20, 10]]
+
+
+def test_epoch_notes_the_mean_over_its_slices_and_follows_the_rate_step_by_step(monkeypatch):
+    rates, settings = [], make_settings()
+
+    def step(trainer, pictures, labels, rate):
+        rates.append(rate)
+        return torch.tensor([float(len(labels)), 0.5])
+
+    monkeypatch.setattr(training, "train_step", step)
+    batches = [(torch.zeros(n, 1, 2, 2), torch.arange(n)) for n in (4, 4, 2)]
+    row = train_epoch(make_trainer(), batches, 3, torch.zeros(4, dtype=torch.long), 1, lambda epochs: None)
+    assert (row["train_loss"], row["train_accuracy"]) == pytest.approx(((16 + 16 + 4) / 10, 0.5))
+    assert rates == [learning_rate(number, 6, settings) for number in (3, 4, 5)]  # of two epochs
+
+
+def test_loss_is_smoothed_as_the_recipe_says():
+    trainer, (pictures, labels) = make_trainer(), some_batch()
+    scores = trainer.network(trainer.to_device(pictures)).detach().log_softmax(1)
+    expected = 0.9 * -scores[range(7), labels].mean() - 0.1 * scores.mean()  # quick smooths by 0.1
+    assert float(trainer.gradients(pictures, labels)[0]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_weights_decay_as_the_recipe_says():
+    trainer = Trainer(make_settings(weight_decay=0.3), PLAIN, 0.1, CPU, 6)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3]
+
+
+def four_slices(folder, settings, weights) -> RunInput:
+    """Return a run that trains on four slices without pictures, and holds out the same."""
+    four = np.arange(4)
+    return RunInput(folder, Pictures(folder, [], settings), four, 6, four, four, settings, weights)
+
+
+def test_training_begins_with_the_initial_weights(tmp_path, monkeypatch):
+    settings, begun = make_settings(epochs=1), []
+    given = build_network(settings, 0.1, 6)
+    torch.save(given.state_dict(), tmp_path / "weights.pt")
+
+    def epoch(trainer, *rest):
+        begun.append(trainer.network._conv_stem.weight.detach().clone())
+        return {"seconds": 0.0}
+
+    monkeypatch.setattr(training, "train_epoch", epoch)
+    monkeypatch.setattr(training, "predict", lambda *given: np.full((4, 6), 1 / 6))
+    weights = InitialWeights("file", "file", str(tmp_path / "weights.pt"), "", "")
+    train_run(four_slices(tmp_path, settings, weights), PLAIN, CPU, lambda epochs: None)
+    assert torch.equal(begun[0], given._conv_stem.weight)
+
+
+def test_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path, monkeypatch):
+    losses, seen = iter([0.9, 0.5, 0.7]), []
+    monkeypatch.setattr(training, "train_epoch", lambda *given: seen.append(given[4]) or {"seconds": 0.0})
+    monkeypatch.setattr(training, "predict", lambda *given: np.full((4, 6), 1 / 6))
+    monkeypatch.setattr(training, "log_loss", lambda *given: next(losses))
+    monkeypatch.setattr(training, "half_weights", lambda network: {"epoch": torch.tensor(float(seen[-1]))})
+    none = InitialWeights("none", "none", "", "", "")
+    trainer, _, _ = train_run(
+        four_slices(tmp_path, make_settings(epochs=3), none), PLAIN, CPU, lambda epochs: None
+    )
+    assert trainer.best["epoch"] == 1
