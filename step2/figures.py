@@ -247,9 +247,8 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
         fold_means = right[right["variant"] == name].groupby(["repeat", "fold"])["right"].mean()
         equal = fold_means.groupby(fold_means).cumcount().to_numpy()  # they are drawn apart
         dots = y + 0.24 + min(0.05, 0.25 / max(equal.max(), 1)) * equal
-        axis.plot(
-            100 * fold_means, dots, "o", color="#888888", ms=3.5, label="" if y else "one fold", clip_on=False
-        )
+        label = "" if y else "one fold"
+        axis.plot(100 * fold_means, dots, "o", color="#888888", ms=3.5, label=label, clip_on=False)
         axis.plot([100 * low, 100 * high], [y, y], color=colors[name], lw=2.5, solid_capstyle="butt")
         fill, mark = (colors[name], " \N{BLACK STAR}") if name in best else ("white", "")
         axis.plot(100 * value, y, "s", color=colors[name], mfc=fill, mew=2, ms=8, clip_on=False)

@@ -29,10 +29,8 @@ def whole_part(comparison: Comparison, missing: Collection[Run]) -> Comparison:
     if not kept:
         count = len(comparison.runs)
         done = f"{count - len(missing)} of {count} runs are trained, no whole fold"
-        advice = (
-            "run the notebook again, it goes on after each run's last whole epoch; raise max_hours where "
-        )
-        raise RuntimeError(f"the time is over, {done}: {advice}not even one epoch ended")
+        advice = "run the notebook again, it goes on after each run's last whole epoch"
+        raise RuntimeError(f"the time is over, {done}: {advice}; raise max_hours where not even one ended")
     return replace(comparison, only=tuple(kept))
 
 

@@ -138,10 +138,8 @@ def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFr
 
 def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
-    lines = [
-        "| comparison | points | 95 % interval | Holm p | seed noise, SD, points | verdict |",
-        "|---" * 6 + "|",
-    ]
+    head = "| comparison | points | 95 % interval | Holm p | seed noise, SD, points | verdict |"
+    lines = [head, "|---" * 6 + "|"]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
         noise = noise_text(row["seed_noise"])
