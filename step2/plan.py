@@ -150,7 +150,7 @@ def plan_in_words(
     full = f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
     found = f"a difference of {finds:.1f} points in accuracy would be found in 8 of 10 such comparisons "
     found += "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
-    alone = "* a single split can't tell what a retraining moves: so much between its trained networks alone"
+    alone = "* a single split can't tell what training again would move: this is for its networks alone"
     said = {
         trained: True,
         ends: hours > limit,

@@ -283,7 +283,7 @@ def test_what_a_single_split_finds_is_marked_as_of_its_networks_alone():
     rows = [row(), row(folds=1), row(folds=1, repeats=3), row(folds=1, detectable=np.nan)]
     assert list(plan_to_show(pd.concat(rows))["finds, points"]) == ["9.0", "9.0 *", "9.0", "-"]
     assert plan_in_words(pd.concat(rows))[-1].startswith(
-        "* a single split can't tell what a retraining moves"
+        "* a single split can't tell what training again would move"
     )
     assert not plan_in_words(row())[-1].startswith("*")
 
