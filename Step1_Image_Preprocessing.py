@@ -211,6 +211,7 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     if unused > 0:  # old scanners kept overlays there; signed values keep their sign
         stored = (stored << unused) >> unused
     wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100 and slope == 1
+    wrapped = wrapped and bool(stored.max() >= 4096 - 1000)
     if wrapped:
         stored = (stored.astype(np.int32) + 1000) % 4096 - 1000
     hu = (stored * slope + intercept).astype(np.float32)

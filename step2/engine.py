@@ -56,29 +56,29 @@ def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
         print(line)
     waiting = [run for run in comparison.runs if not is_complete(comparison, run)]
     print(f"{len(comparison.runs)} runs, {len(waiting)} of them to train", flush=True)
-    if waiting:
-        train_waiting(comparison, waiting, ends)
+    ended = train_waiting(comparison, waiting, ends) if waiting else 0
     missing = [run for run in waiting if not is_complete(comparison, run)]
-    lost = f"{len(missing)} runs ended, but are not whole in {comparison.settings.results}: was it moved or "
-    lost += "emptied? Mend that, and run the notebook again"
-    if missing and ends == math.inf:
-        raise RuntimeError(lost)
+    gone = ended - (len(waiting) - len(missing))
+    lost = f"{gone} runs ended, but are not whole in {comparison.settings.results}: was it moved or emptied?"
+    if gone > 0:
+        raise RuntimeError(f"{lost} Mend that, and run the notebook again")
     whole = whole_part(comparison, missing)
     if part := part_in_words(whole):
         print(f"the time is over: what follows is about {part} alone; run the notebook again for the rest")
     return whole
 
 
-def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> None:
-    """Train these runs as far as the time goes, here or on Dask's workers, as the settings say."""
-    settings = comparison.settings
-    with closing(Progress(comparison, len(comparison.runs) - len(waiting))) as progress:
+def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> int:
+    """Train these runs as far as the time goes, here or on Dask's workers; return how many were finished."""
+    settings, before = comparison.settings, len(comparison.runs) - len(waiting)
+    with closing(Progress(comparison, before)) as progress:
         if settings.processes == 1 and not settings.cluster:
             train_here(comparison, waiting, progress, ends)
-            return
+            return progress.finished - before
         cluster = clients_of(settings.cluster) if settings.cluster else local_cluster(settings, len(waiting))
         with cluster as client:
             train_on(client, comparison, waiting, progress, ends)
+        return progress.finished - before
 
 
 def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress", ends: float) -> None:

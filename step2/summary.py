@@ -184,12 +184,13 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
         found = "; ".join(clear) or none
         alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
         said.append(f"{name}, against {BASELINE}: {found}{alone}.")
-    order = {}
-    for metric in ("accuracy", "any_auc"):
-        rows = metrics[metrics["metric"] == metric].sort_values("value", ascending=False, kind="stable")
-        order[metric] = list(rows["variant"])
-    if order["accuracy"] != order["any_auc"] and len(order["any_auc"]) > 1:
-        said.append(f"By AUC the order is another one than by accuracy: {', '.join(order['any_auc'])}.")
+    values = metrics.pivot(index="variant", columns="metric", values="value")
+    accuracy, auc = (  # what is equal in one stands as in the other
+        list(values.sort_values(by, ascending=False).index)
+        for by in (["accuracy", "any_auc"], ["any_auc", "accuracy"])
+    )
+    if accuracy != auc:
+        said.append(f"By AUC the order is another one than by accuracy: {', '.join(auc)}.")
     return " ".join(said)
 
 
@@ -229,8 +230,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
-        "**Method.** A point is 1 % of the slices; brackets are 95 % intervals. Paired differences; the patients' "
-        f"part of each error from {DRAWS:,} draws of whole patients, "
+        "**Method.** A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals. Paired "
+        f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
         f"accuracies; 95 % interval by t. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
         f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "

@@ -916,19 +916,18 @@ def test_warnings_in_the_manifest_name_no_folder_of_this_machine(raw, tmp_path):
 @pytest.mark.parametrize("times", [1, 3])
 def test_file_that_a_virus_scanner_holds_for_a_moment_ends_no_run(raw, monkeypatch, times):
     """As Windows says where another program looks at a file that has just been written."""
-    replace, refused = Path.replace, []
+    replace, tried = Path.replace, []
 
     def held(self, target):
-        if len(refused) < times:
-            refused.append(PermissionError(13, "Access is denied", str(target)))
-            raise refused[-1]
+        tried.append(Path(target).name)
+        if tried.count(tried[-1]) <= times:
+            raise PermissionError(13, "Access is denied", str(target))
         return replace(self, target)
 
-    assert run(raw, "--variants", "0") == 0
     monkeypatch.setattr(Path, "replace", held)
     monkeypatch.setattr(step1.time, "sleep", lambda seconds: None)
-    assert run(raw, "--variants", "0", "--force") == 0
-    assert len(refused) == times
+    assert run(raw, "--variants", "0") == 0
+    assert {".patient_key", "a.png", "preview.png", "manifest.csv"} <= set(tried)
 
 
 def test_picture_whose_path_is_too_long_for_windows_costs_its_file_alone(raw, monkeypatch):

@@ -109,3 +109,13 @@ def test_endpoint_without_an_interval_is_not_said_to_show_no_difference():
     rows["p_healthy"] = (rows["label"] == "healthy").astype(float)  # all ranked right: no error to estimate
     said = endpoints_in_words(metric_table(rows, n_draws=20), endpoint_table(rows, n_draws=40), classes)
     assert "AUC, against 0_Dicom2PNG: not estimable" in said
+
+
+def test_equal_accuracies_or_aucs_are_no_other_order():
+    two = ("healthy", "bleed")
+    table = endpoint_table(random_table(40, 2, ALL_VARIANTS[:2], folds=2, classes=two), n_draws=20)
+    for auc, other in (((0.8, 0.8), False), ((0.7, 0.8), True)):
+        rows = [(v, "accuracy", a) for v, a in zip(ALL_VARIANTS, (0.6, 0.5), strict=False)]
+        rows += [(v, "any_auc", a) for v, a in zip(ALL_VARIANTS, auc, strict=False)]
+        metrics = pd.DataFrame(reversed(rows), columns=["variant", "metric", "value"])
+        assert ("another one" in endpoints_in_words(metrics, table, two)) == other

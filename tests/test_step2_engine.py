@@ -363,9 +363,10 @@ def test_worker_that_sees_other_files_says_so(data, tmp_path, monkeypatch, hidde
     assert not (tmp_path / "another disk").exists()
 
 
-def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ends", [math.inf, 4e9])  # the year 2096
+def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_path, monkeypatch, ends):
     comparison = make_comparison_for(data, tmp_path / "r")
     done = {"accuracy": 0.5, "seconds": 1.0}
     monkeypatch.setattr(engine, "complete_run", lambda *given: done)  # and nothing is where it should be
     with pytest.raises(RuntimeError, match=r"4 runs ended, but are not whole in .*moved or emptied"):
-        engine.train_all(comparison)
+        engine.train_all(comparison, ends)

@@ -321,6 +321,8 @@ def test_accuracies_and_stars_stand_at_their_variants():
     axis = figure.axes[0]
     plt.close(figure)
     assert marked(axis) == [(30, 0), (60, 1)]
+    drawn = [line for line in axis.lines if line.get_marker() in ("s", "o") and np.size(line.get_xdata())]
+    assert not any(line.get_clip_on() for line in drawn)  # whole at 0 and 100 %
     assert [text.get_text().endswith("\N{BLACK STAR}") for text in axis.texts] == [False, True]
 
 
@@ -329,6 +331,7 @@ def test_auc_of_each_variant_stands_at_its_value():
     figure = figures.draw_any_hemorrhage(table, some_metric("any_auc", (0.7, 0.8)), TWO[:1])
     plt.close(figure)
     assert marked(figure.axes[0]) == [(0.7, 0), (0.8, 1)]
+    assert figure.axes[0].get_xlim() == (0.4, 1.02)  # as wide for all data, with a marker at 1 whole
 
 
 def test_forest_shows_each_difference_within_its_interval():

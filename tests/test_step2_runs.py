@@ -569,7 +569,11 @@ def test_file_that_can_not_be_read_now_is_not_taken_for_damaged(tmp_path, monkey
         getattr(files, f"read_{kind}")(path)
 
 
-def test_folder_that_is_gone_is_said_with_the_file_and_not_its_other_name(tmp_path):
+def test_folder_that_is_gone_is_said_with_the_file_and_not_its_other_name(tmp_path, monkeypatch):
+    def fail(self, missing_ok):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", fail)  # as of a disk that is gone too
     with pytest.raises(OSError, match=r"metrics\.csv could not be written \(No such file .*run again"):
         files.write_content(tmp_path / "gone" / "metrics.csv", b"")
 

@@ -583,7 +583,9 @@ def test_summary_says_what_was_left_out_and_what_the_commonest_class_gets_in_tes
     rest = {"endpoints": pd.DataFrame(), "testing": score_of({"0_Dicom2PNG": 20, "1_ROI": 20})}
     left_out = {"refused by Step 1": 4, "blank, no brain to see": 0}
     given = (table, contrast_table(compared), metrics, best_set(compared), "caption", True)
-    text = summarize(*given, **rest, left_out=left_out)
+    text = summarize(*given, **rest, left_out=left_out, learning=["1_ROI"])
+    assert "Still learning: 1_ROI.\n" in text
+    assert "who may be in TrainingData too" in summarize(*given[:-1], False, **rest)
     assert "The unit is the patient. Left out: 4 refused by Step 1.\n" in text
     assert "all variants got the most right (83 %; always saying the commonest class gets 100 %)" in text
 

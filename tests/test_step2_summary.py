@@ -100,7 +100,8 @@ def test_classes_found_equally_often_are_not_ranked():
 
 def test_summary_says_what_points_and_brackets_are():
     text = "\n".join(summary.limit_lines(True, 0.01, True))
-    assert "point is 1 % of the slices" in text and "95 % intervals" in text and "All numbers" not in text
+    assert "A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals" in text
+    assert "All numbers" not in text
 
 
 def some_contrasts() -> pd.DataFrame:
@@ -133,8 +134,9 @@ def test_sentences_name_the_highest_and_the_lowest():
     rows = [("a", "accuracy", 0.6), ("b", "accuracy", 0.3)]
     rows += [("a", "sensitivity_x", 0.9), ("a", "sensitivity_y", 0.2)]
     metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
-    said = summary.say_accuracy(metrics, pd.DataFrame({"variant": ["a"]}))
-    assert said.startswith("From 30 % (b) to 60 % (a).")
+    best = pd.DataFrame({"variant": ["a", "b"], "in_best_set": [True, False], "ci_high": [0.4, 0.0]})
+    said = summary.say_accuracy(metrics, best, ["b"])
+    assert said == "From 30 % (b) to 60 % (a). Best: a; worse: b. Still learning: b."
     said = summary.say_sensitivities(metrics, ("x", "y"))
     assert said == "Mean over variants: hardest y (20 %), easiest x (90 %)."
     pairs = pd.DataFrame({"step": "CLAHE", "difference": [0.02, -0.01], "p_differ": 0.03})
