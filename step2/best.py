@@ -29,6 +29,7 @@ def best_of(
     nearest = [variants[other] if k > 1 else "" for other in apart.argmin(axis=1)]
     columns = {"variant": list(variants), "accuracy": accuracy, "in_best_set": best, "best_other": nearest}
     columns |= {"difference": apart.min(axis=1), "ci_low": lower, "ci_high": np.maximum(upper, 0.0)}
+    columns |= {"training_sd": found.seen[0]}
     table = pd.DataFrame(columns)
     if k == 1:
         table[["difference", "ci_low", "ci_high"]] = np.nan

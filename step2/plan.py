@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,23 @@ A_DAY = 24
 
 @dataclass(frozen=True)
 class Size:
-    """What would be compared: slices, their patients, variants; control: one of them again."""
+    """What would be compared: slices, their patients, variants; control: one of them again.
+
+    unequal: how unequal patients' numbers of slices are, as detectable_points takes it.
+    """
 
     slices: int
     patients: int
     variants: int
     control: bool = True
+    unequal: float = 1.0
 
 
 def size_of(slices: Slices, variants: Sequence[str], control: bool) -> Size:
     """Return the size of a comparison; without patients' ids each slice counts as a patient of its own."""
-    training = slices.training
-    return Size(len(training), training["patient"].nunique(), len(variants), control)
+    counts = slices.training.groupby("patient").size()
+    unequal = float((counts**2).mean() / counts.mean() ** 2)
+    return Size(int(counts.sum()), len(counts), len(variants), control, unequal)
 
 
 def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
@@ -104,7 +110,8 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     disk = (4 * runs + 14 * processes) * pace.weights
     tested = size.patients if folds > 1 else round(size.patients / 5)  # of a single split, one side
     each = size.slices / max(size.patients, 1)
-    points = detectable_points(tested, each, folds, repeats, size.variants, control=size.control)
+    find = partial(detectable_points, control=size.control, unequal=size.unequal)
+    points = find(tested, each, folds, repeats, size.variants)
     return {
         **{"choice": choice, "profile": settings.profile},
         **{"folds": folds, "repeats": repeats},

@@ -32,16 +32,18 @@ def detectable_points(
     training_sd: float = 1.0,
     aa_disagreement: float = 0.0,
     control: bool = True,
+    unequal: float = 1.0,
 ) -> float:
     """Return the true difference, points of accuracy, that a comparison with the baseline finds in 80 %.
 
-    Before any training, so by assumptions. slices: of a patient, mean (of unequal numbers, rather the mean of
-    their squares over their mean). disagreement: share of slices on which exactly one of two variants is right.
-    correlation: of such differences between slices of one patient. training_sd: of one training's accuracy, in
-    points, beyond what the choice of slices explains. aa_disagreement: that of two trainings of one variant, the
-    part of disagreement that repeats average out; 0 promises least of them. control: an A/A control helps to
-    know the training noise. NaN for fewer than 10 patients. One training of a variant can't show training noise:
-    with one fold and no repeats the difference is one between these trained networks, and training_sd is not used.
+    Before any training, so by assumptions. slices: of a patient, mean. unequal: the mean square of these numbers
+    over the square of their mean, 1 where all have as many. disagreement: share of slices on which exactly one
+    of two variants is right. correlation: of such differences between slices of one patient. training_sd: of one
+    training's accuracy, in points, beyond what the choice of slices explains. aa_disagreement: that of two
+    trainings of one variant, the part of disagreement that repeats average out; 0 promises least of them.
+    control: an A/A control helps to know the training noise. NaN for fewer than 10 patients. One training of a
+    variant can't show training noise: with one fold and no repeats the difference is one between these trained
+    networks, and training_sd is not used.
 
     For the test that contrast_table makes, at ALPHA / (variants - 1) as in Holm's first step: its error is a
     chance variable too, and the power is the mean over its distribution.
@@ -51,7 +53,7 @@ def detectable_points(
     trainings = folds * repeats
     freedom = degrees_of_freedom(patients, variants + control, trainings)
     luck = 2 * (training_sd / 100) ** 2 / trainings if trainings > 1 else 0.0
-    grouping = (1 + (slices - 1) * correlation) / (patients * slices)
+    grouping = (1 + (slices * unequal - 1) * correlation) / (patients * slices)
     middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
     known = special.chdtri(freedom[0], middles)[:, None] / freedom[0]
     seen = special.chdtri(freedom[1], middles)[None] / freedom[1] if freedom[1] else np.zeros((1, 1))

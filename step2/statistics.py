@@ -173,9 +173,10 @@ def pair_table(compared: Compared) -> pd.DataFrame:
 def best_set(compared: Compared, seed: int = 0) -> pd.DataFrame:
     """Return which variants can't be told from the best, by Hsu's multiple comparisons with the best (1984).
 
-    DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high), most accurate first: a
-    variant minus the best other one, with 95 % simultaneous intervals, so that the set holds the truly best
-    variant in 95 % of such studies. The control only helps to know the training noise.
+    DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high, training_sd), most
+    accurate first: a variant minus the best other one, with 95 % simultaneous intervals, so that the set holds
+    the truly best variant in 95 % of such studies. training_sd: as of contrast_table, NaN where all is for the
+    trained networks alone. The control only helps to know the training noise.
     """
     return best_of(compared.found, compared.variants, seed)
 
@@ -187,11 +188,12 @@ def best_in_words(best: pd.DataFrame, learning: Collection[str] = ()) -> str:
     may, not_ = (best.loc[best["in_best_set"] == inside, "variant"] for inside in (True, False))
     if best["ci_high"].isna().any():
         return "Which variant is best is not estimable from these data."
+    alone = f", {ALONE}" if best["training_sd"].isna().all() else ""
     if len(not_) == 0:
-        said = "Any of these variants may be the best: these data can't tell them apart from it."
+        said = f"Any of these variants may be the best: these data can't tell them apart from it{alone}."
     else:
         lead = "Best" if len(may) == 1 else "Best, or not to be told from it"
-        said = f"{lead}: {', '.join(may)}; worse: {', '.join(not_)}."
+        said = f"{lead}: {', '.join(may)}; worse: {', '.join(not_)}{alone}."
     return f"{said} Still learning: {', '.join(learning)}." if learning else said
 
 

@@ -225,15 +225,17 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
         f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
-        "here speaks of a newly drawn training set. The same seed gives the same table on one kind of machine; "
-        "another machine's arithmetic is another draw of the trainings. The contrasts were fixed in the code, "
+        "here speaks of a newly drawn training set, and none of one variant's accuracy holds what moves all variants "
+        "of a run together. The same seed gives the same table on one kind of machine; another machine's arithmetic "
+        "is another draw of the trainings. The contrasts were fixed in the code, "
         "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
         "**Method.** A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals. Paired "
         f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
-        f"accuracies; 95 % interval by t. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
+        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy and AUC: patients "
+        f"alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
         f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
         "`control_predictions.csv`.",
     ]

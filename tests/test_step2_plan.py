@@ -323,3 +323,11 @@ def test_note_on_single_splits_needs_a_mark():
 def test_max_hours_that_is_set_is_not_asked_for():
     (said,) = [s for s in plan_in_words(row(hours=11.5), session=11) if "session" in s]
     assert "set max_hours" not in said and said.endswith("start again each time")
+
+
+def test_plan_knows_how_unequal_patients_numbers_of_slices_are():
+    slices = SimpleNamespace(training=pd.DataFrame({"patient": ["a", "b", "b", "b"]}))
+    assert plan.size_of(slices, ["0_Dicom2PNG"], control=False) == Size(4, 2, 1, False, 1.25)  # 5 / 2^2
+    sizes, pace_ = (Size(300, 100, 7, unequal=u) for u in (1, 2)), Pace(1000, 3.0, 1.0, 5e9, 30, "by hand")
+    even, uneven = (plan_row("as set", make_settings(folds=3), size, pace_) for size in sizes)
+    assert uneven["detectable"] > even["detectable"]

@@ -54,3 +54,8 @@ def test_plans_that_tell_nothing():
     assert np.isnan(detectable_points(100, variants=1))
     alone = [detectable_points(100, folds=1, training_sd=sd) for sd in (0.0, 5.0)]
     assert alone[0] == alone[1] < detectable_points(100, folds=2, training_sd=5.0)
+
+
+def test_patients_of_unequal_numbers_of_slices_find_less():
+    half = detectable_points(300, 3, correlation=0.3, unequal=13 / 9)  # half of them 1 slice, half 5
+    assert half == detectable_points(300, 3, correlation=0.5)  # 1 + (13 / 3 - 1) x 0.3 = 1 + (3 - 1) x 0.5

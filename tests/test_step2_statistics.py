@@ -652,3 +652,10 @@ def test_repeats_make_no_slices_and_no_smaller_mcnemar():
     calls = {"1_ROI": labels * 2, "0_Dicom2PNG": (["healthy"] * 6 + labels[6:]) * 2}
     row = contrast_table(compare(prediction_table(calls, labels, patients, repeats=2), n_draws=60)).iloc[0]
     assert row["n_images"] == 24 and row["p_mcnemar"] == pytest.approx(2 / 2**6)
+
+
+def test_simulation_can_make_some_variants_noisy():
+    rng = np.random.default_rng(0)
+    rows, right = simulate(rng, 3000, 3, 0.2, np.zeros(7), noisy=1)
+    apart = pd.DataFrame(right).groupby(rows["fold"]).mean().std()
+    assert apart[[1, 2, 3, 4, 5, 6]].max() < apart[[0, 7]].min()

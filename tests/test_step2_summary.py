@@ -6,7 +6,7 @@ from step2_helpers import ALL_VARIANTS, prediction_table, random_table
 
 from step2 import summary
 from step2.metrics import metric_table, worst_mistakes
-from step2.statistics import best_set, compare, contrast_table, pair_table
+from step2.statistics import best_in_words, best_set, compare, contrast_table, pair_table
 from step2.summary import (
     detectable_text,
     headline,
@@ -101,7 +101,7 @@ def test_classes_found_equally_often_are_not_ranked():
 def test_summary_says_what_points_and_brackets_are():
     text = "\n".join(summary.limit_lines(True, 0.01, True))
     assert "A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals" in text
-    assert "All numbers" not in text
+    assert "All numbers" not in text and "patients alone" in text
 
 
 def some_contrasts() -> pd.DataFrame:
@@ -134,7 +134,8 @@ def test_sentences_name_the_highest_and_the_lowest():
     rows = [("a", "accuracy", 0.6), ("b", "accuracy", 0.3)]
     rows += [("a", "sensitivity_x", 0.9), ("a", "sensitivity_y", 0.2)]
     metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
-    best = pd.DataFrame({"variant": ["a", "b"], "in_best_set": [True, False], "ci_high": [0.4, 0.0]})
+    found = {"variant": ["a", "b"], "in_best_set": [True, False], "ci_high": [0.4, 0.0], "training_sd": 0.01}
+    best = pd.DataFrame(found)
     said = summary.say_accuracy(metrics, best, ["b"])
     assert said == "From 30 % (b) to 60 % (a). Best: a; worse: b. Still learning: b."
     said = summary.say_sensitivities(metrics, ("x", "y"))
@@ -142,3 +143,14 @@ def test_sentences_name_the_highest_and_the_lowest():
     pairs = pd.DataFrame({"step": "CLAHE", "difference": [0.02, -0.01], "p_differ": 0.03})
     words = "CLAHE: \N{MINUS SIGN}1.0 to +2.0 points, pairs differ with p = 0.030."
     assert summary.say_pairs(pairs).startswith(words)
+
+
+@pytest.mark.parametrize("told_apart", [False, True])
+def test_best_of_a_single_split_is_so_for_its_networks_alone(told_apart):
+    one, folds = (random_table(40, 3, ALL_VARIANTS[:3], folds=k) for k in (1, 3))
+    for table in (one, folds):
+        right = (table["variant"] == "1_ROI") & told_apart
+        table["predicted"] = table["predicted"].mask(right, table["label"])
+    alone, both = (best_in_words(best_set(compare(table, n_draws=60))) for table in (one, folds))
+    assert alone.endswith(", for these trained networks alone.") and alone.startswith("Best:") == told_apart
+    assert "alone" not in both

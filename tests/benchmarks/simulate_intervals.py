@@ -46,10 +46,12 @@ def simulate(
     unequal: bool = False,
     repeats: int = 1,
     new_folds: bool = True,
+    noisy: int = VARIANTS,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return rows (patient, int, image, repeat, fold) and right or wrong, float (rows, variants and control).
 
-    sd: of a training, accuracy. gains: of each variant over 0.6, accuracy. new_folds: in each repeat.
+    sd: of a training, accuracy, of the first `noisy` variants and the control; the others have none. gains: of
+    each variant over 0.6, accuracy. new_folds: in each repeat.
     """
     codes = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
     n, k = len(codes), VARIANTS + 1
@@ -62,6 +64,7 @@ def simulate(
         if new_folds or repeat == 0:
             fold = (rng.permutation(patients) % folds)[codes]
         shift = sd * rng.normal(size=(folds, k))
+        shift[:, noisy:VARIANTS] = 0
         threshold = norm.ppf(np.clip(0.6 + np.r_[gains, gains[0]] + shift, 0.02, 0.98))[fold]
         call = np.sqrt(CALL) * own_noise(rng, (n, k), unequal)
         right.append((score + call < threshold).astype(float))
@@ -135,6 +138,7 @@ def one_setting(
     seed: int = 0,
     variants: int = VARIANTS,
     repeats: int = 1,
+    noisy: int = VARIANTS,
 ) -> dict[str, float]:
     """Return what the docstring lists, for one setting, as a dict."""
     rng = np.random.default_rng([patients, folds, round(1e4 * sd), unequal, seed])
@@ -142,7 +146,7 @@ def one_setting(
     best_one = min(4, variants - 1)
 
     def one_table(gains: np.ndarray, number: int) -> Estimates:
-        rows, right = simulate(rng, patients, folds, sd, gains, unequal, repeats)
+        rows, right = simulate(rng, patients, folds, sd, gains, unequal, repeats, noisy=noisy)
         return estimates([*names, "control"], rows, right[:, columns], draws, number)
 
     shares = ("one", "alone", "twins", "family", "family alone", "covered", "best")
@@ -187,13 +191,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", type=int, choices=range(2, VARIANTS + 1), default=VARIANTS)
     parser.add_argument("--repeats", type=int, default=1, help="of the cross-validation, with new folds")
+    parser.add_argument("--noisy", type=int, default=VARIANTS, help="variants whose trainings have that SD")
     parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
     args = parser.parse_args()
     print("patients folds SD | one  alone twins family alone | covered best | width twins | SD", flush=True)
     for patients in args.patients:
         for folds in args.folds:
             for sd in args.sd:
-                how = (args.tables, args.draws, args.unequal, args.seed, args.variants, args.repeats)
+                how = (
+                    args.tables,
+                    args.draws,
+                    args.unequal,
+                    args.seed,
+                    args.variants,
+                    args.repeats,
+                    args.noisy,
+                )
                 r = one_setting(patients, folds, sd / 100, *how)
                 print(
                     f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
