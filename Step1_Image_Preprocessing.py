@@ -144,7 +144,7 @@ MANIFEST_COLUMNS = (
 )
 FAILED_SHOWN = 50  # lines at the end; the manifest has them all
 CLASSES_SHOWN = 12  # in the preview and at the end
-STRAY_FILES = {"thumbs.db", "desktop.ini"}  # passed over silently, like hidden files and these endings:
+STRAY_FILES = {"thumbs.db", "desktop.ini", "icon\r"}  # passed over, like hidden files and these endings:
 STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
 
 RSNA_CLASSES = {"subtype": CLASSES, "any": ("healthy", "hemorrhage")}  # of --rsna-labels
@@ -716,6 +716,10 @@ def decode(ds: Dataset) -> np.ndarray:
     if plugin and plugin not in get_decoder(syntax).available_plugins:
         raise UnsuitableFile(f"no decoder for {named}: pip install {package}")
     with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
+        if (
+            not plugin and ds.PixelData[:4] == b"\xfe\xff\x00\xe0"
+        ):  # an item's tag (PS3.5 A.4), no CT's pixels
+            raise UnsuitableFile(f"{named}, yet PixelData (7FE0,0010) is encapsulated: export it again")
         if plugin and syntax != uid.RLELossless:
             check_codestream(ds)
         # pydicom warns of bytes that some archives append to plain pixels, and leaves them out, as viewers do
@@ -870,6 +874,9 @@ class Input:
     refusal: str = ""
 
 
+DAMAGED = "is damaged: delete it, and every picture is made again"
+
+
 def open_ledger(output: Path) -> sqlite3.Connection:
     """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
     (output / ".tmp").mkdir(parents=True, exist_ok=True)
@@ -884,11 +891,12 @@ def open_ledger(output: Path) -> sqlite3.Connection:
             ledger.execute("DROP TABLE IF EXISTS files")
             keys = "PRIMARY KEY (source), UNIQUE (folded)"
             ledger.execute(f"CREATE TABLE files ({', '.join(columns)}, {keys})")
-    except sqlite3.DatabaseError as err:
-        if err.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as err:
+        code = getattr(err, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is none comes without
+        if code == sqlite3.SQLITE_BUSY:
             text = f"another run is writing to {output}: wait for it, or name another --output"
-        elif err.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-            text = f"{path} is damaged: delete it, and every picture is made again"
+        elif code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            text = f"{path} {DAMAGED}"
         else:
             raise
         raise UsageError(text) from err
@@ -926,7 +934,7 @@ def free_name(target: str, source: str, is_taken: Callable[[str], bool]) -> tupl
     (x and x.dcm; X.dcm and x.dcm on Windows and macOS), all but the first carry a hash of their own.
     """
     *folders, name = without_dcm(target).split("/")
-    folders = [f"{part}~" if part.lower().endswith(".png") else part for part in folders]  # no PNG's own name
+    folders = [f"{part[:-1]}~" if part.lower().endswith(".png") else part for part in folders]  # no PNG's
     image = "/".join([*folders, f"{name}.png"])
     if is_taken(folded(image)) or len(name.encode()) > 240:
         own = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -944,9 +952,12 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
     taken = "SELECT 1 FROM files WHERE folded = ?"
     for found in inputs:  # absolute paths, as Dask's workers run in folders of their own
         names = found.source, found.target, found.label, str(found.path.absolute())
-        # bytes that are no text are possible on Linux alone
-        source, target, label, path = (name.encode(errors="backslashreplace").decode() for name in names)
-        refusal = found.refusal if path == names[-1] else "its name is not valid Unicode: rename it"
+        # bytes that are no text are possible on Linux alone; a carriage return would end the manifest's line
+        source, target, label, path = (
+            name.encode(errors="backslashreplace").decode().replace("\r", r"\r") for name in names
+        )
+        unfit = "its name is not valid Unicode, or has a carriage return: rename it"
+        refusal = found.refusal if path == names[-1] else unfit
         image, name = free_name(target, source, lambda name: any(ledger.execute(taken, (name,))))
         ledger.execute(
             "INSERT INTO files (source, path, image, folded, split, label) VALUES (?, ?, ?, ?, ?, ?) "
@@ -1190,7 +1201,8 @@ def convert_all(ledger: sqlite3.Connection, settings: Settings, args: argparse.N
     first = list(islice(tasks, args.jobs))
     if not first:
         return 0
-    (args.output / "preview.png").unlink(missing_ok=True)  # a stopped run leaves none that is out of date
+    for name in ("preview.png", "manifest.csv"):  # a run that is killed leaves none that is out of date
+        (args.output / name).unlink(missing_ok=True)
     tasks = chain(first, tasks)
     outcomes = on_dask(tasks, settings, args.dask) if args.dask else in_processes(tasks, settings, len(first))
     for task, fields in outcomes:
@@ -1646,9 +1658,12 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
-    except (OSError, sqlite3.DatabaseError) as err:  # of the output or the input folder, not of one file
+    except (OSError, sqlite3.OperationalError) as err:  # of the output or the input folder, not of one file
         print(f"error: stopped, {err}; {go_on}", file=sys.stderr)
         return 1
+    except sqlite3.DatabaseError:
+        print(f"error: {args.output / '.ledger.sqlite3'} {DAMAGED}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"interrupted; {go_on}", file=sys.stderr)
         return 130

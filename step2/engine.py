@@ -11,6 +11,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -155,8 +156,12 @@ def local_cluster(settings: Settings, runs: int) -> Iterator[Client]:
 def interrupt_free(start: Callable, *args: Any, **options: Any) -> Any:
     """Return start(...), whose threads and processes leave an interrupt to the notebook, which ends them."""
     try:
-        with interrupts_blocked():
-            return start(*args, **options, silence_logs=logging.ERROR)
+        with interrupts_blocked(), ThreadPoolExecutor(1) as thread:
+            starting = thread.submit(start, *args, **options, silence_logs=logging.ERROR)
+            return starting.result()
+    except KeyboardInterrupt:  # which other threads of a kernel don't block; by now all has started
+        starting.result().close()
+        raise
     except RuntimeError as err:
         raise RuntimeError(f"the processes that train could not be started ({err}), {FOR_MEMORY}") from err
 
@@ -166,7 +171,8 @@ def clients_of(address: str) -> Iterator[Client]:
     """Connect to a scheduler that is there, and send its workers this code."""
     try:
         client = Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, TypeError, ValueError) as err:  # TypeError: tls:// without certificates
+    # TypeError: tls:// without certificates; MemoryError: "HTTP/1.1" of a web server, taken for a length
+    except (OSError, TypeError, ValueError, MemoryError) as err:
         advice = "start dask scheduler and its workers, or leave the parameter cluster out"
         raise RuntimeError(f"no Dask scheduler at {address} ({err}): {advice}") from err
     with client, tempfile.TemporaryDirectory() as folder:

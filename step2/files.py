@@ -108,6 +108,7 @@ def lock_results(results: Path) -> FileLock:
     try:
         results.mkdir(parents=True, exist_ok=True)
         lock = FileLock(results / ".lock", timeout=0, is_singleton=True)
+        lock.release(force=True)  # where a notebook comes here again, of a folder that was removed meanwhile
         lock.acquire()
     except Timeout as err:
         owner = {"pid": "?", "host": "?", "since": "?"} | (read_json(results / ".owner.json") or {})

@@ -6,11 +6,14 @@ that would take minutes a picture is taken to be as fast, operation for operatio
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -152,7 +155,7 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
         return [pace_on_gpu(first, device, True), *(pace_if_it_fits(other, device) for other in others)]
     count = 1 if several[0].cluster else several[0].processes
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, context.Barrier(count).wait) as pool:
+    with ProcessPoolExecutor(count, context, begin, (context.Barrier(count),)) as pool:
         for _ in range(count * (count > 1)):
             pool.submit(int)  # they start while costs are counted
         costs = {network_name(settings): network_cost(settings, half=False) for settings in several}
@@ -176,6 +179,19 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
         memory = memory_needed(cost, settings.batch_size)
         paces.append(Pace(cost.weights, train, float(seconds), memory, settings.batch_size, basis))
     return paces
+
+
+def begin(barrier: Barrier) -> None:
+    """Wait for the other processes; end with the one that started this, should it be killed."""
+    Thread(target=end_with_parent, daemon=True).start()
+    barrier.wait()
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone; the pool alone would wait for it forever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def network_name(settings: Settings) -> tuple[str, int]:

@@ -286,12 +286,18 @@ def deflate_bomb(path):
 
 
 REFUSED = {
+    "encapsulated, against its syntax": (
+        lambda path: save(path, make_ct(GOOD, PixelData=encapsulate([GOOD.tobytes()]))),
+        "is encapsulated",
+    ),
     "dose report": (
         changed(SOPClassUID=SecondaryCaptureImageStorage, ConversionType="WSD", RescaleType="HU"),
         "secondary capture",
     ),
     "slope missing": (changed(RescaleSlope=None), "RescaleSlope"),
     "slope 0": (changed(RescaleSlope=0), "RescaleSlope"),
+    "BitsStored": (changed(BitsStored=17, HighBit=16), "BitsStored (0028,0101) is absent or wrong"),
+    "map of attenuation": (changed(RescaleType="PCT"), "RescaleType (0028,1054) is PCT, a map"),
     "map of atomic numbers": (changed(RescaleType="Z_EFF"), "RescaleType (0028,1054) is Z_EFF, a map"),
     "slope not finite": (changed(RescaleSlope="nan"), "RescaleSlope"),
     "intercept missing": (changed(RescaleIntercept=None), "RescaleIntercept"),
@@ -636,7 +642,9 @@ def test_names_of_any_bytes_cost_at_most_themselves(raw):
     save_ct(folder / "tmp", GOOD).rename(folder / os.fsdecode(b"\xff\xfe.dcm"))
     assert run(raw) == 1
     failed = [row for row in rows_of(raw).values() if row["status"] == "failed"]
-    assert [row["reason"] for row in failed] == ["its name is not valid Unicode: rename it"]
+    assert [row["reason"] for row in failed] == [
+        "its name is not valid Unicode, or has a carriage return: rename it"
+    ]
     assert len(pngs_of(raw)) == 18 * 7
 
 
@@ -646,7 +654,7 @@ def test_class_folder_of_any_bytes_costs_its_own_slices_alone(raw):
     (raw / "TrainingData" / "new").rename(raw / "TrainingData" / os.fsdecode(b"\xff"))
     assert run(raw) == 1
     rows = rows_of(raw)
-    assert rows["b.dcm"]["reason"] == "its name is not valid Unicode: rename it"
+    assert rows["b.dcm"]["reason"] == "its name is not valid Unicode, or has a carriage return: rename it"
     assert [row["status"] for row in rows.values()].count("ok") == len(rows) - 1
 
 

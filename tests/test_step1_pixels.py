@@ -82,6 +82,13 @@ def test_padding_range_becomes_air(ends):
     assert hu_and_grey(ct)[0].tolist() == [[-1000, -1000, -1800, 5]]
 
 
+def test_padding_is_looked_for_before_bits_above_bits_stored_are_masked():
+    """63536 in 12 bits is 2096."""
+    stored = np.array([[63536, 2096, 40]], np.uint16)
+    ct = make_ct(stored, BitsStored=12, HighBit=11, RescaleIntercept=-1024, PixelPaddingValue=63536)
+    assert step1.hounsfield(stored, ct)[0].tolist() == [[-1000, 1072, -984]]
+
+
 def test_wrapped_12bit_values_are_repaired_and_reported():
     true_hu = np.array([[-1000, -1, 0, 40, 3000]])
     stored = np.where(true_hu < 0, true_hu + 4096, true_hu).astype(np.uint16)
@@ -215,6 +222,22 @@ def test_voi_lut_whose_first_value_lost_its_sign_is_the_same():
     assert hu_and_grey(ct)[1].tolist() == [[10, 10, 20, 30, 250, 250]]
 
 
+def test_voi_lut_of_12_bits_is_shown_in_8():
+    item = Dataset()
+    item.add_new(0x00283002, "SS", [3, 0, 12])
+    item.add_new(0x00283006, "US", [0, 2048, 4095])
+    for inverted, grey in (("MONOCHROME2", [0, 0, 128, 255, 255]), ("MONOCHROME1", [255, 255, 127, 0, 0])):
+        ct = make_ct(np.array([[-5, 0, 1, 2, 9]], np.int16), PhotometricInterpretation=inverted)
+        ct.VOILUTSequence = Sequence([item])
+        assert hu_and_grey(ct)[1].tolist() == [grey]
+
+
+@pytest.mark.filterwarnings("error")
+def test_linear_window_of_width_1_is_black_up_to_its_centre_and_white_above():
+    grey = step1.window_to_grey(np.array([[39, 39.5, 40]], np.float32), (40, 1))
+    assert grey.tolist() == [[0, 0, 255]]  # PS3.3 C.11.2.1.2.1: black at and below centre - 0.5
+
+
 def test_fractional_hu_are_windowed_as_they_are():
     hu = np.array([[0.0, 0.5, 39.5, 78.5, 79.0]], np.float32)
     assert np.array_equal(step1.window_to_grey(hu, (40, 80)), np.rint(np.clip(hu / 79, 0, 1) * 255))
@@ -287,6 +310,16 @@ def test_head_mask_keeps_air_inside_the_head():
     hu = plain_head()
     hu[disc(hu.shape, (64, 50), 6)] = -1000  # a sinus
     assert step1.head_mask(hu.astype(np.float32))[50, 64]
+
+
+def test_head_mask_keeps_a_thin_hard_wall_in_a_nostril():
+    """Below 600 HU and long, but in a notch that is narrower than twice CLOSE_RADIUS."""
+    hu = plain_head(512)
+    hu[70:150, 240:272] = -1000  # open at the skin
+    wall = np.zeros(hu.shape, bool)
+    wall[82:150, 254:258] = True
+    hu[wall] = 300
+    assert step1.head_mask(hu.astype(np.float32))[wall].mean() > 0.9
 
 
 def parted_head(gap=8):
@@ -444,6 +477,15 @@ def test_noblank_removes_skull_and_crops_to_the_head():
     assert ct.image.shape == (89, 89)
     assert ct.image[44, 44] == round(35 * 255 / 79)
     assert not ct.image[step1.crop(ct.scan.hu, ct.box, 0) == 900].any()
+
+
+def test_crop_of_a_head_wider_than_the_image_is_high_is_filled_with_background():
+    """CLAHE makes grey of black that is no background."""
+    wide = plain_head()[34:94]  # skin reaches the upper and lower edge
+    ct = run_steps(wide, "roi", "noblank", "clahe")
+    rows = len(wide) - ct.box[1]
+    assert ct.image.shape[0] == ct.image.shape[1] > rows
+    assert not ct.image[rows:].any() and not ct.mask[rows:].any()
 
 
 def test_bleed_of_95_hu_under_a_narrow_window_survives_noblank():

@@ -1,6 +1,7 @@
 """Step 1 as a program: names, manifest, tally, second runs, bad files; small slices in a temporary folder."""
 
 import csv
+import faulthandler
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from conftest import ROOT, make_ct, plain_head, save_ct
@@ -222,6 +224,12 @@ def test_test_labels_come_from_their_file(raw, capsys):
     assert "name no file" not in capsys.readouterr().out
 
 
+def test_test_labels_are_read_as_excel_saves_them(raw):
+    (raw / "TestingData_labels.csv").write_text("image,label\nt,epidural\n", encoding="utf-8-sig")
+    assert run(raw, "--variants", "0") == 0
+    assert manifest(raw)["TestingData/t.dcm"]["label"] == "epidural"
+
+
 def test_wrong_test_labels_are_a_usage_error(raw, capsys):
     (raw / "TestingData_labels.csv").write_text("image,label\nt,stroke\n", encoding="utf-8")
     assert run(raw) == 2
@@ -276,6 +284,20 @@ def test_same_patient_same_pseudonym_and_never_the_id(raw):
     everything = (raw.parent / "out" / "manifest.csv").read_text(encoding="utf-8")
     for secret in ("SECRET-ID", "Secret^Name", hashlib.sha256(b"a").hexdigest()[:16]):
         assert secret not in everything
+
+
+def test_new_patient_key_makes_all_pseudonyms_anew(raw):
+    """Else a new slice of a known patient would be somebody else's, on the other side of a split."""
+    run(raw, "--variants", "0")
+    (raw.parent / "out" / ".patient_key").unlink()
+    save_ct(raw / "TrainingData" / "healthy" / "d.dcm", plain_head(brain_hu=50), PatientID="b")
+    run(raw, "--variants", "0")
+    rows = manifest(raw)
+    assert rows["TrainingData/healthy/d.dcm"]["patient"] == rows["TrainingData/epidural/b.dcm"]["patient"]
+
+
+def test_spaces_round_an_id_make_no_second_pseudonym():
+    assert step1.pseudonym(" P1 ", b"k") == step1.pseudonym("P1", b"k")
 
 
 def test_pseudonyms_differ_between_output_folders():
@@ -377,7 +399,7 @@ def test_folder_named_like_a_picture_is_no_obstacle(raw):
     folder = raw / "TrainingData" / "healthy"
     save_ct(folder / "a.png" / "d.dcm", plain_head())
     assert run(raw) == 0
-    assert "0_Dicom2PNG/TrainingData/healthy/a.png~/d.png" in pngs(raw)
+    assert "0_Dicom2PNG/TrainingData/healthy/a.pn~/d.png" in pngs(raw)
 
 
 def test_only_a_final_dcm_is_cut():
@@ -561,6 +583,16 @@ def test_other_settings_convert_all_again_also_variants_not_asked_for(raw, capsy
     after = pngs(raw)
     changed = {name.split("/")[0] for name in after if after[name] != before[name]}
     assert changed == set(step1.VARIANTS) - {"0_Dicom2PNG"}
+
+
+def test_other_code_and_other_libraries_convert_all_again(tmp_path, monkeypatch):
+    identities = [step1.run_identity(step1.Settings(tmp_path, None, b"k")) for _ in range(2)]
+    monkeypatch.setattr(cv2, "__version__", "0")
+    identities.append(step1.run_identity(step1.Settings(tmp_path, None, b"k")))
+    (tmp_path / "changed.py").write_bytes(SCRIPT.read_bytes() + b"\n")
+    monkeypatch.setattr(step1, "__file__", str(tmp_path / "changed.py"))
+    identities.append(step1.run_identity(step1.Settings(tmp_path, None, b"k")))
+    assert identities[0] == identities[1] and len(set(identities)) == 3
 
 
 def test_force_makes_everything_again(raw, capsys):
@@ -754,11 +786,14 @@ def test_missing_decoder_names_the_package(monkeypatch):
         step1.decode(ct)
 
 
-def test_file_without_preamble_is_read(raw):
-    ct = make_ct(plain_head(), WindowCenter=40, WindowWidth=80)
+@pytest.mark.parametrize(("implicit", "little"), [(True, True), (False, True), (False, False)])
+def test_file_without_preamble_is_read_whatever_its_encoding(raw, implicit, little):
+    ct = make_ct(plain_head().astype("<i2" if little else ">i2"), WindowCenter=40, WindowWidth=80)
     del ct.file_meta
-    ct.save_as(raw / "TrainingData" / "healthy" / "bare", implicit_vr=True, little_endian=True)
-    assert run(raw) == 0
+    ct.save_as(raw / "TrainingData" / "healthy" / "bare", implicit_vr=implicit, little_endian=little)
+    assert run(raw, "--variants", "0") == 0
+    pictures = {name: content for name, content in pngs(raw).items() if "/healthy/" in name}
+    assert len(pictures) == 2 and len(set(pictures.values())) == 1  # that of a.dcm
 
 
 def test_rsna_style_ids_do_not_warn(raw, capfd):
@@ -1009,3 +1044,81 @@ def test_reasons_and_warnings_quote_no_value_and_no_uid():
     said = step1.one_line("Invalid value 'SECRET^Name' of\n 1.2.840.113619.2.55.3, and \"SECRET-ID\" too")
     assert "SECRET" not in said
     assert step1.one_line("Invalid UID 1.2.840.113619.2.55.3\n of it") == "Invalid UID ... of it"
+
+
+def test_killed_run_with_another_window_leaves_no_manifest_that_vouches_for_its_pictures(raw, monkeypatch):
+    assert run(raw, "--variants", "1") == 0
+    before = pngs(raw)
+
+    def killed(tasks, settings, jobs):
+        step1.process(next(iter(tasks)), settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step1, "in_processes", killed)
+        patch.setattr(step1, "write_manifest", lambda *_: None)  # who is killed writes none
+        run(raw, "--variants", "1", "--roi-window", "80,200")
+    assert pngs(raw) != before
+    assert not (raw.parent / "out" / "manifest.csv").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_carriage_return_in_a_name_breaks_no_line_of_the_manifest(raw):
+    (raw / "TrainingData" / "healthy" / "Icon\r").touch()  # of macOS, in a folder with its own icon
+    assert run(raw, "--variants", "1") == 0
+    save_ct(raw / "TrainingData" / "healthy" / "a\rb.dcm", plain_head())
+    assert run(raw, "--variants", "1") == 1
+    rows = pd.read_csv(raw.parent / "out" / "manifest.csv", dtype=str, keep_default_na=False)
+    assert list(rows.loc[rows["source"] == r"TrainingData/healthy/a\rb.dcm", "status"]) == ["failed"]
+    assert len(rows) == 5
+
+
+def test_ledger_whose_columns_are_no_text_any_more_is_to_be_deleted(raw, capsys):
+    assert run(raw, "--variants", "1") == 0
+    path = raw.parent / "out" / ".ledger.sqlite3"
+    path.write_bytes(path.read_bytes().replace(b"window_center", b"\xffindow_center"))
+    assert run(raw, "--variants", "1") == 2
+    assert f"{path} is damaged: delete it" in capsys.readouterr().err
+
+
+def test_ledger_found_damaged_midway_is_to_be_deleted(raw, capsys):
+    assert run(raw, "--variants", "1") == 0
+    path = raw.parent / "out" / ".ledger.sqlite3"
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + bytes(len(content) - 4096))  # all pages but the first
+    assert run(raw, "--variants", "1") == 2
+    assert f"{path} is damaged: delete it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="so long a path needs rights on Windows")
+def test_folder_of_the_longest_name_that_is_like_a_picture_ends_no_run(raw):
+    save_ct(raw / "TrainingData" / "healthy" / ("d" * 251 + ".png") / "x", plain_head())
+    assert run(raw, "--variants", "1") == 0
+
+
+def test_time_limit_ends_with_its_file(raw, monkeypatch):
+    """Else the process, a Dask worker too, would be ended a minute after its last file."""
+    calls = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda limit, **how: calls.append(limit))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: calls.append("off"))
+    (raw / "TestingData" / "bad.dcm").touch()
+    run(raw, "--variants", "0")
+    assert calls == [60, "off"] * 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other limits")
+def test_longest_names_are_cut(raw):
+    for end in "xy":
+        save_ct(raw / "TestingData" / ("a" * 254 + end), plain_head())
+    assert run(raw, "--variants", "0") == 0
+    assert len(pngs(raw)) == 4 + 2
+
+
+def test_file_that_goes_while_the_run_is_at_it_keeps_its_pictures(raw, monkeypatch):
+    """As where a network's folder is away for a moment: variants not asked for would not be made again."""
+    run(raw, "--variants", "0")
+    before, process, path = pngs(raw), step1.process, raw / "TestingData" / "t.dcm"
+    os.utime(path, (10**9, 10**9))
+    monkeypatch.setattr(step1, "process", lambda *given: path.unlink() or process(*given))
+    assert run(raw, "--variants", "0") == 1
+    assert "gone since the run began" in manifest(raw)["TestingData/t.dcm"]["reason"] and pngs(raw) == before

@@ -42,6 +42,16 @@ def test_a_single_epoch_is_its_own_last_tenth():
     assert len(convergence_table(some_history({"a": [0.1]}, epochs=1), 0.0, 6)) == 1
 
 
+def test_last_tenth_of_the_epochs_is_averaged():
+    history = some_history({"a": [0.1]})
+    history.loc[history["epoch"] == 19, "train_loss"] = 0.3
+    assert convergence_table(history, 0.0, 6)["train_loss"].tolist() == pytest.approx([0.2])
+
+
+def test_variant_of_which_half_of_the_runs_have_not_converged_is_still_learning():
+    assert still_learning(convergence_table(some_history({"a": [0.1, 0.9]}), 0.0, 6)) == ["a"]
+
+
 def test_a_run_that_got_stuck_is_named_and_its_variant_has_converged():
     table = convergence_table(some_history({"a": [0.1, 0.9, 0.1], "b": [0.9, 0.9, 0.1]}), 0.0, 6)
     assert table.loc[table["stuck"], ["variant", "fold"]].to_numpy().tolist() == [["a", 2]]

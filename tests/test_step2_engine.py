@@ -2,13 +2,16 @@
 
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pandas as pd
@@ -22,6 +25,7 @@ from step2_helpers import make_comparison_for, write_pictures
 
 from step2 import engine, runs
 from step2.files import lock_results
+from step2.network import InitialWeights
 from step2.runs import Run, collect_predictions
 from step2.settings import read_settings
 
@@ -370,3 +374,67 @@ def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_pat
     monkeypatch.setattr(engine, "complete_run", lambda *given: done)  # and nothing is where it should be
     with pytest.raises(RuntimeError, match=r"4 runs ended, but are not whole in .*moved or emptied"):
         engine.train_all(comparison, ends)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a locked file can't be removed there")
+def test_results_folder_that_was_removed_is_locked_again_by_the_same_notebook(tmp_path):
+    lock_results(tmp_path / "r")
+    shutil.rmtree(tmp_path / "r")
+    lock = lock_results(tmp_path / "r")
+    try:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+        code += f"from step2.files import lock_results; lock_results(Path({str(tmp_path / 'r')!r}))"
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another notebook uses" in second.stderr
+    finally:
+        lock.release(force=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_kernel_interrupted_while_workers_start_keeps_none():
+    manager, client = start_new_kernel(cwd=str(ROOT))
+    try:
+        code = (
+            "import time; from step2.settings import read_settings; from step2.engine import local_cluster\n"
+        )
+        code += "with local_cluster(read_settings({'profile': 'quick', 'processes': 2}), 2): time.sleep(60)"
+        client.execute(code)
+        kernel = psutil.Process(manager.provisioner.pid)
+        while not any("spawn_main" in " ".join(p.cmdline()) for p in kernel.children(recursive=True)):
+            time.sleep(0.02)
+        manager.interrupt_kernel()
+        reply = {"msg_type": ""}
+        while reply["msg_type"] != "execute_reply":
+            reply = client.get_shell_msg(timeout=60)
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        _, left = psutil.wait_procs(workers_of(manager.provisioner.pid), timeout=10)
+        assert not left
+    finally:
+        manager.shutdown_kernel(now=True)
+        client.stop_channels()
+
+
+def test_address_of_a_web_server_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+        Thread(target=lambda: server.accept()[0].sendall(answer), daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match="no Dask scheduler at"), engine.clients_of(address):
+            pass
+
+
+def test_cluster_whose_workers_would_train_several_runs_at_once_is_refused(monkeypatch):
+    workers = {"a": {"nthreads": 1}, "b": {"nthreads": 4}}
+    monkeypatch.setattr(engine, "Client", lambda *given, **how: nullcontext())
+    monkeypatch.setattr(engine, "wait_for_workers", lambda client: workers)
+    with pytest.raises(ValueError, match=r"4 threads .*--nthreads 1"), engine.clients_of("tcp://a:1"):
+        pass
+
+
+def test_workers_in_other_folders_get_whole_paths(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    weights = InitialWeights("mine.pt", "file", "mine.pt", "", "")
+    comparison = make_comparison_for(Path(data.name), Path(os.path.relpath(tmp_path / "r")))
+    sent = engine.with_whole_paths(replace(comparison, weights=weights))
+    assert sent.settings.data == data and sent.settings.results.resolve() == (tmp_path / "r").resolve()
+    assert Path(sent.weights.path) == data.parent / "mine.pt"

@@ -28,6 +28,10 @@ def test_each_repeat_has_other_folds_and_the_first_is_that_of_the_seed():
     assert np.array_equal(first, make_folds(slices, 5, seed=3)) and not np.array_equal(first, second)
 
 
+def test_largest_seed_makes_folds_too():
+    make_folds(some_slices({"a": 2, "b": 2}), 2, seed=2**31 - 1)
+
+
 def test_folds_do_not_depend_on_how_patients_are_called():
     """Pseudonyms are keyed by the output folder: the same data would get other folds on each machine."""
     slices = some_slices(dict.fromkeys(CLASSES, 10))

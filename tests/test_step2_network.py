@@ -87,8 +87,15 @@ def test_padding_within_convolutions_changes_no_score(size):
 
 
 def test_short_runs_get_a_larger_batch_norm_momentum():
-    assert batch_norm_momentum(200) == 0.1 and batch_norm_momentum(14_650) == 0.01
+    assert batch_norm_momentum(1999) == 0.1 and batch_norm_momentum(2000) == 0.01
     assert build_network(make_settings(), 0.1, 6)._bn0.momentum == pytest.approx(0.1)
+
+
+def test_narrow_network_has_a_quarter_of_b0s_channels_and_seven_of_its_blocks():
+    network = build_network(make_settings(), 0.1, 6)
+    ends = network._conv_stem.out_channels, network._conv_head.out_channels
+    assert ends == (32 / 4, 1280 / 4) and len(network._blocks) == 7
+    assert network._dropout.p == 0.1 and network._global_params.drop_connect_rate == 0
 
 
 def test_swish_is_that_of_pytorch():

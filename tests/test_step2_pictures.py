@@ -58,6 +58,12 @@ def test_picture_that_is_no_square_is_padded_not_stretched(tmp_path):
     assert (picture[10:30] == 200).all() and (picture[:10] == 0).all() and (picture[30:] == 0).all()
 
 
+def test_pixels_of_smaller_pictures_are_means_and_those_of_larger_ones_blend(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(np.tile(np.array([200, 0, 0, 0], np.uint8), (16, 4))))
+    assert (read_png(tmp_path / "a.png", 4) == 50).all()
+    assert len(np.unique(read_png(tmp_path / "a.png", 40))) > 2
+
+
 RGB = (250, 20, 3)
 
 
@@ -136,6 +142,26 @@ def test_gaps_of_a_turned_picture_are_black():
     white, recipe = np.full((31, 31), 255, np.uint8), plain_recipe(rotation=45.0)
     turned = [augment(white, np.random.default_rng(seed), recipe) for seed in range(9)]
     assert any(t[0, 0] == 0 for t in turned) and all(t[15, 15] == 255 for t in turned)
+
+
+def places(**given) -> np.ndarray:
+    """Return where a dot 10 px right of the middle goes, (x, y) from the middle, by 40 chances."""
+    picture, recipe = np.zeros((41, 41), np.uint8), plain_recipe(**given)
+    picture[19:22, 29:32] = 200
+    found = [augment(picture, np.random.default_rng(seed), recipe) for seed in range(40)]
+    return np.array([np.argwhere(p)[:, ::-1].T @ p[p > 0] / p.sum() - 20.0 for p in found])
+
+
+def test_pictures_are_turned_zoomed_and_shifted_both_ways_about_their_middle():
+    x, y = places(rotation=20.0).T
+    angles = np.degrees(np.arctan2(y, x))
+    assert -20.5 < angles.min() < -10 and 10 < angles.max() < 20.5
+    assert np.hypot(x, y) == pytest.approx(10, abs=0.2)
+    x, y = places(zoom=0.2).T
+    assert 7.9 < x.min() < 9 and 11 < x.max() < 12.1 and y == pytest.approx(0, abs=0.1)
+    shifts = places(shift=4.0) - (10, 0)
+    assert abs(shifts).max() < 4.1 and (shifts.min(0) < -2).all() and (shifts.max(0) > 2).all()
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize(("flips", "expected"), [("", 1), ("h", 2), ("v", 2), ("hv", 4)])
@@ -242,10 +268,10 @@ def test_colours_take_three_times_the_memory(tmp_path, monkeypatch):
     (tmp_path / "grey.png").write_bytes(png(np.zeros((SIZE, SIZE), np.uint8)))
     (tmp_path / "colour.png").write_bytes(colour_png(SIZE, SIZE))
     memory = type(
-        "Memory", (), {"available": 4 * 2 * 10 * SIZE**2}
-    )  # a quarter of it: twice ten grey pictures
+        "Memory", (), {"available": 2 * 4 * 2 * 10 * SIZE**2}
+    )  # a quarter of it, for each of two processes: twice ten grey pictures
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    settings = make_settings()
+    settings = make_settings(processes=2)
     assert [fits_in_memory(settings, tmp_path / "grey.png", n) for n in (20, 21)] == [True, False]
     assert [fits_in_memory(settings, tmp_path / "colour.png", n) for n in (6, 7)] == [True, False]
 

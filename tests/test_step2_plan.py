@@ -1,12 +1,15 @@
 """The plan before training: costs that were counted elsewhere, arithmetic by hand, and what it says in words."""
 
+import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -331,3 +334,35 @@ def test_plan_knows_how_unequal_patients_numbers_of_slices_are():
     sizes, pace_ = (Size(300, 100, 7, unequal=u) for u in (1, 2)), Pace(1000, 3.0, 1.0, 5e9, 30, "by hand")
     even, uneven = (plan_row("as set", make_settings(folds=3), size, pace_) for size in sizes)
     assert uneven["detectable"] > even["detectable"]
+
+
+@pytest.mark.processes
+def test_processes_that_time_end_with_a_notebook_that_is_killed():
+    code = "from step2.pace import measure_paces\nfrom step2.settings import read_settings\n"
+    code += (
+        "if __name__ == '__main__':\n    measure_paces([read_settings({'profile': 'quick', 'processes': 2})])"
+    )
+    script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    children = []
+    while len(children) < 2 + (os.name != "nt"):  # one of them looks after semaphores
+        time.sleep(0.1)
+        children = psutil.Process(script.pid).children(recursive=True)
+    script.kill()
+    script.wait()
+    _, left = psutil.wait_procs(children, timeout=60)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_network_of_few_operations_waits_for_its_launches():
+    """A step of quick's seven blocks took 13 ms on an H200, whatever the pictures."""
+    found = estimate_pace(profile("quick"), "H200")
+    assert found.train * found.part == pytest.approx(0.013, rel=0.1)
+
+
+def test_batch_goes_in_parts_where_memory_ends():
+    """16 bytes a weight, 1 MB a slice, of 92 % of the memory."""
+    cost, settings = pace.Cost(weights=10**6, blocks=7, gflop=1.0, saved=1e6), make_settings(batch_size=8)
+    fits = [pace.part_that_fits(settings, cost, bytes_ / 0.92) for bytes_ in (24.1e6, 23.9e6, 16.9e6)]
+    assert fits == [8, 4, 0] and pace.memory_needed(cost, 8) == 24e6

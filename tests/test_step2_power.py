@@ -49,6 +49,12 @@ def test_more_patients_do_not_buy_off_training_noise_but_repeats_do():
     assert repeated < 0.6 * many
 
 
+def test_accuracies_differ_on_no_more_slices_than_exactly_one_variant_is_right_on():
+    """Of 12 patients more than half have to differ, whatever share was assumed."""
+    few, more = (detectable_points(12, disagreement=share) for share in (0.2, 0.4))
+    assert few == more > 50
+
+
 def test_plans_that_tell_nothing():
     assert np.isnan(detectable_points(9))
     assert np.isnan(detectable_points(100, variants=1))

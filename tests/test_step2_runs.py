@@ -60,6 +60,10 @@ def test_finished_runs_are_not_trained_again_unless_a_picture_changes(tmp_path, 
     )
     train(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"), workers=1)
     assert trained == []
+    left_by_a_kill = next((tmp_path / "r").glob("runs/*/*")) / "checkpoint.pt"
+    left_by_a_kill.touch()
+    train(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"))
+    assert trained == [] and not left_by_a_kill.exists()
     picture = cv2.imencode(".png", np.zeros((SIZE, SIZE), np.uint8))[1].tobytes()
     (data / "1_ROI/TrainingData/subdural/1.0.png").write_bytes(picture)
     train(data, tmp_path / "r", ("0_Dicom2PNG", "1_ROI"))
@@ -76,6 +80,16 @@ def test_another_recipe_is_another_run(data, tmp_path, given):
 def test_who_trains_makes_no_other_run(data, tmp_path, given):
     first, second = (make_comparison_for(data, tmp_path, ("1_ROI",), **g) for g in ({}, given))
     assert first.folders[first.runs[0]] == second.folders[second.runs[0]]
+
+
+def test_other_initial_weights_or_other_patients_held_out_are_other_runs(data, tmp_path):
+    comparison = make_comparison_for(data, tmp_path, ("1_ROI",))
+    mine = InitialWeights("mine.pt", "file", "mine.pt", "its hash", "")
+    turned = replace(comparison, fold_of=np.roll(comparison.fold_of, 2, axis=1))
+    for other in (replace(comparison, weights=mine), turned):
+        assert not set(other.folders.values()) & set(comparison.folders.values())
+    moved = replace(mine, path="elsewhere/mine.pt")
+    assert replace(comparison, weights=moved).folders == replace(comparison, weights=mine).folders
 
 
 def test_changed_code_makes_other_runs(data, tmp_path, monkeypatch):
@@ -120,6 +134,16 @@ def test_same_seed_for_all_variants_and_another_for_the_control(data, tmp_path):
     seeds = {run: comparison.seed(run) for run in comparison.runs}
     assert seeds[Run("0_Dicom2PNG", 1, 2)] == seeds[Run("1_ROI", 1, 2)]
     assert len(set(seeds.values())) == 2 * 2 * 2  # repeats, folds, control or not
+
+
+def test_chance_of_augmentation_is_a_runs_own(data, tmp_path, monkeypatch):
+    """Else the control, the same under another seed, would be too much alike."""
+    comparison, seeds = make_comparison_for(data, tmp_path, ("1_ROI",), control_run=True), []
+    monkeypatch.setattr(runs, "train_run", lambda job, *rest: seeds.append(job.pictures.seed) or 1 / 0)
+    for run in comparison.runs:
+        with pytest.raises(ZeroDivisionError):
+            runs.complete_run(comparison, run, lambda epochs: None)
+    assert seeds == [comparison.seed(run) for run in comparison.runs] and len(set(seeds)) == 4
 
 
 # ---------------------------------------- nothing is lost
@@ -526,6 +550,13 @@ def test_other_labels_of_testing_slices_are_another_comparison(data, tmp_path):
     assert other.identity() != comparison.identity() and list(other.folders) == list(comparison.folders)
 
 
+def test_other_testing_pictures_are_another_comparison_of_the_same_runs(data, tmp_path):
+    comparison = make_comparison_for(data, tmp_path)
+    digests = {variant: [training, "other"] for variant, (training, _) in comparison.digests.items()}
+    other = replace(comparison, digests=digests)
+    assert other.identity() != comparison.identity() and other.folders == comparison.folders
+
+
 def test_file_that_is_held_for_a_moment_is_written_all_the_same(tmp_path, monkeypatch):
     """A virus scanner looks at each checkpoint on Windows."""
     replace, refused = Path.replace, []
@@ -595,6 +626,17 @@ def test_probabilities_stand_beside_their_own_slices(tmp_path, monkeypatch):
     for table in (collect_predictions(comparison), runs.average_testing(comparison, "1_ROI")):
         pictures = [read_png(tmp_path / "data/1_ROI" / image, SIZE) for image in table["image"]]
         assert list(table["p_healthy"]) == pytest.approx([picture.mean() / 255 for picture in pictures])
+
+
+def test_testing_slices_are_predicted_by_the_network_that_training_ended_with(data, tmp_path, monkeypatch):
+    seen, predict = [], runs.predict
+    monkeypatch.setattr(
+        runs, "predict", lambda trainer, b: seen.append(trainer.network) or predict(trainer, b)
+    )
+    train(data, tmp_path, epochs=1)
+    last = torch.load(only_folder(tmp_path) / "last.pt", weights_only=True)
+    own = seen[0].state_dict()
+    assert all(torch.equal(own[name], value.to(own[name].dtype)) for name, value in last.items())
 
 
 def test_fallbacks_are_named(data, tmp_path, monkeypatch):

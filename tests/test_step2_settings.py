@@ -61,6 +61,18 @@ def test_wrong_parameter_gets_a_sentence(given, sentence):
         make_settings(**given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("equivalence", 0), ("equivalence", 51.0), ("batch_size", 3), ("label_smoothing", 1.0)),
+        *(("zoom", 1.0), ("rotation", 181.0), ("shift", -1.0), ("weight_decay", math.inf), ("seed", 2**31)),
+    ],
+)
+def test_limits(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = .*: should be "):
+        make_settings(**{name: value})
+
+
 def test_every_wrong_parameter_is_named_at_once():
     with pytest.raises(ValueError, match=r"^image_size = 1: .*\nepochs = 0: .*\nfolds = 0: "):
         make_settings(folds=0, epochs=0, image_size=1)
@@ -75,6 +87,13 @@ def test_gpus_select_the_full_profile_and_a_process_each():
     full = read_settings({}, gpus=2)
     assert (full.profile, full.model_name, full.image_size) == ("full", "efficientnet-b7", 600)
     assert (full.epochs, full.batch_size, full.processes) == (25, 8, 2)
+
+
+def test_full_is_the_predecessors_recipe():
+    """Adam, +-20 degrees, +-2 pixels, flips both ways; its rates have a test of their own."""
+    full = read_settings({}, gpus=1)
+    assert (full.rotation, full.shift, full.zoom, full.flips) == (20, 2, 0, "hv")
+    assert (full.weight_decay, full.label_smoothing, full.weights) == (0, 0, "auto")
 
 
 def test_no_gpu_selects_the_quick_profile():

@@ -24,6 +24,8 @@ def test_blank_and_refused_slices_are_left_out_and_counted(manifest, tmp_path):
     assert (len(slices.training), len(slices.testing), slices.patient_level) == (48, 3, True)
     assert list(slices.left_out.values()) == [1, 1]
     assert not slices.training["image"].str.contains("blank|bad").any()
+    left_out = read_instead(tmp_path, manifest[manifest["status"] == "ok"]).left_out
+    assert left_out == {"refused by Step 1": 0, "blank, no brain to see": 1}
 
 
 @pytest.mark.parametrize(("no", "yes"), [("0.0", "1.0"), ("False", "TRUE"), ("false", " true "), ("0 ", "1")])
@@ -65,8 +67,8 @@ def test_training_slice_without_a_label_is_refused(manifest, tmp_path):
         read_instead(tmp_path, manifest)
 
 
-def test_testing_slices_may_have_no_label(manifest, tmp_path):
-    manifest.loc[manifest["split"] == "test", "label"] = ""
+def test_testing_slices_may_have_no_label_and_be_blank(manifest, tmp_path):
+    manifest.loc[manifest["split"] == "test", ["label", "blank"]] = ["", "1"]
     assert len(read_instead(tmp_path, manifest).testing) == 3
 
 

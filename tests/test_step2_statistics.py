@@ -216,6 +216,13 @@ def test_a_clear_winner_is_alone_in_the_best_set():
     assert best["ci_low"].iloc[0] == 0
 
 
+def test_fewer_than_10_patients_tell_no_best_variant():
+    found = some_estimates([0.1, 0.9])
+    nine, ten = (best_of(replace(found, freedom=(n - 1, 20, 4)), found.names) for n in (9, 10))
+    assert nine["in_best_set"].all() and nine["ci_high"].isna().all()
+    assert not ten["in_best_set"].all()
+
+
 @pytest.mark.filterwarnings("error")
 def test_variants_that_predict_alike_share_the_best_set():
     labels = [CLASSES[i % 6] for i in range(24)]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_ct, plain_head, save_ct
+from pydicom.dataset import Dataset
 
 import Step1_Image_Preprocessing as step1
 from step2.steps import draw_hu, draw_steps
@@ -39,13 +40,22 @@ def test_pictures_are_those_of_the_variants(tmp_path):
         assert np.array_equal(pictures[place], after(step1.KNOWN_VARIANTS[variant]).image)
 
 
+def look_up_table() -> Dataset:
+    """Return a VOI LUT of two entries."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", "SS", [2, 0, 8])
+    item.add_new("LUTData", "US", [0, 255])
+    return item
+
+
 @pytest.mark.parametrize(
     ("elements", "title"),
     [
         ({"WindowCenter": 36, "WindowWidth": 80}, "the header's window, 36/80 HU"),
+        ({"VOILUTSequence": [look_up_table()]}, "the header's look-up table"),
         ({}, "no window in the header: brain window"),
     ],
-    ids=["a window", "none"],
+    ids=["a window", "look-up table", "none"],
 )
 def test_first_title_says_which_window(tmp_path, elements, title):
     assert next(iter(drawn(save_ct(tmp_path / "a.dcm", plain_head(), **elements)))) == title

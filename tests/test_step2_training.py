@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from step2.files import write_sealed
 from step2.network import InitialWeights, build_network, learning_rate
 from step2.pictures import Pictures
 from step2.runs import Run
-from step2.speed import choose_precision, choose_speed, measure_speed, seconds_a_step, what_fits
+from step2.speed import choose_precision, choose_speed, gpu_memory, measure_speed, seconds_a_step, what_fits
 from step2.training import (
     CURVE_POINTS,
     RunInput,
@@ -167,6 +168,26 @@ def test_precision_on_a_cpu_is_full(wanted):
 @pytest.mark.parametrize("wanted", ["bf16", "fp16", "no"])
 def test_precision_on_a_gpu_is_the_one_asked_for(wanted):
     assert choose_precision(wanted, torch.device("cuda")) == (wanted, f"{wanted}: asked for")
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_precision_of_a_gpu_is_bf16_where_its_hardware_has_it(monkeypatch, has, precision):
+    """A T4 emulates it, slower than fp16."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    found, why = choose_precision("auto", torch.device("cuda"))
+    assert found == precision and why.startswith(f"{precision}: a GPU has ")
+
+
+def test_memory_of_several_gpus_is_that_of_the_smallest(monkeypatch):
+    gpus = [SimpleNamespace(total_memory=size) for size in (80e9, 16e9)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: gpus[gpu])
+    assert gpu_memory() == 16e9
 
 
 BASE = Speed("bf16", False, True, False, 8, ("bf16: asked for",))
