@@ -231,10 +231,10 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
-        "**Method.** A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals. Paired "
+        f"**Method.** A point is 1 % of the slices{', of an AUC 0.01' * with_any}; brackets are 95 % intervals. Paired "
         f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
-        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy and AUC: patients "
+        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy{' and AUC' * with_any}: patients "
         f"alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
         f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
         "`control_predictions.csv`.",
