@@ -234,8 +234,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         f"**Method.** A point is 1 % of the slices{', of an AUC 0.01' * with_any}; brackets are 95 % intervals. Paired "
         f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
-        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy{' and AUC' * with_any}: patients "
-        f"alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
+        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy{' and AUC' * with_any}: "
+        f"patients alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
         f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
         "`control_predictions.csv`.",
     ]
