@@ -211,7 +211,7 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     if unused > 0:  # old scanners kept overlays there; signed values keep their sign
         stored = (stored << unused) >> unused
     wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100 and slope == 1
-    wrapped = wrapped and bool(stored.max() >= 4096 - 1000)
+    wrapped = wrapped and bool(stored.max() >= 4096 - 1000)  # air wraps, to 3096 and more
     if wrapped:
         stored = (stored.astype(np.int32) + 1000) % 4096 - 1000
     hu = (stored * slope + intercept).astype(np.float32)
@@ -716,9 +716,7 @@ def decode(ds: Dataset) -> np.ndarray:
     if plugin and plugin not in get_decoder(syntax).available_plugins:
         raise UnsuitableFile(f"no decoder for {named}: pip install {package}")
     with refusing("PixelData (7FE0,0010) can't be decoded", "damaged or truncated, export it again"):
-        if (
-            not plugin and ds.PixelData[:4] == b"\xfe\xff\x00\xe0"
-        ):  # an item's tag (PS3.5 A.4), no CT's pixels
+        if not plugin and ds.PixelData.startswith(b"\xfe\xff\x00\xe0"):  # an item's tag, PS3.5 A.4
             raise UnsuitableFile(f"{named}, yet PixelData (7FE0,0010) is encapsulated: export it again")
         if plugin and syntax != uid.RLELossless:
             check_codestream(ds)

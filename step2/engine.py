@@ -26,6 +26,7 @@ from distributed.scheduler import KilledWorker
 from tqdm.auto import tqdm
 
 from Step1_Image_Preprocessing import interrupts_blocked
+from step2.network import weights_note
 from step2.runs import LOADED, Comparison, Run, code_digest, complete_run, is_complete, remove_damaged
 from step2.sessions import part_in_words, whole_part
 from step2.settings import Settings, is_watched
@@ -60,9 +61,9 @@ def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
     ended = train_waiting(comparison, waiting, ends) if waiting else 0
     missing = [run for run in waiting if not is_complete(comparison, run)]
     gone = ended - (len(waiting) - len(missing))
-    lost = f"{gone} runs ended, but are not whole in {comparison.settings.results}: was it moved or emptied?"
     if gone > 0:
-        raise RuntimeError(f"{lost} Mend that, and run the notebook again")
+        lost = f"{gone} runs ended, but are not whole in {comparison.settings.results}"
+        raise RuntimeError(f"{lost}: was it moved or emptied? Mend that, and run the notebook again")
     whole = whole_part(comparison, missing)
     if part := part_in_words(whole):
         print(f"the time is over: what follows is about {part} alone; run the notebook again for the rest")
@@ -98,7 +99,7 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
     same = comparison.code == LOADED
     require(same, "this worker has another version of step2/: start the workers again")
     settings = comparison.settings
-    needed = settings.data / "manifest.csv", settings.results / f"initial_weights_{settings.model_name}.json"
+    needed = settings.data / "manifest.csv", weights_note(settings)
     unseen = " nor ".join(str(path) for path in needed if not path.is_file())
     require(not unseen, f"a worker doesn't see {unseen}: show that folder at the same path on all machines")
     cv2.setNumThreads(0)

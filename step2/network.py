@@ -85,12 +85,17 @@ class InitialWeights:
         return words.get(self.used, "ImageNet's initial weights")
 
 
+def weights_note(settings: Settings) -> Path:
+    """Return the file that keeps which initial weights a results folder began with."""
+    return settings.results / f"initial_weights_{settings.model_name}.json"
+
+
 def settle_weights(settings: Settings) -> InitialWeights:
     """Return the initial weights for this results folder: as settled earlier, if the request is the same.
 
     They are the same for all variants, also where a comparison goes on after a stop, or on another machine.
     """
-    path = settings.results / f"initial_weights_{settings.model_name}.json"
+    path = weights_note(settings)
     fields = read_json(path) or {}
     if path.exists() and not fields:
         print(f"{path} is damaged: the initial weights are settled again")

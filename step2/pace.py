@@ -182,16 +182,21 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
 
 
 def begin(barrier: Barrier) -> None:
-    """Wait for the other processes; end with the one that started this, should it be killed."""
-    Thread(target=end_with_parent, daemon=True).start()
+    """Begin with the other processes, and end with the one that started this."""
+    end_with_parent()
     barrier.wait()
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone; the pool alone would wait for it forever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    """Let this process end when the one that started it does, also when that is killed: its pool would wait."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def network_name(settings: Settings) -> tuple[str, int]:

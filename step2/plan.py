@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +109,9 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
     disk = (4 * runs + 14 * processes) * pace.weights
     tested = size.patients if folds > 1 else round(size.patients / 5)  # of a single split, one side
     each = size.slices / max(size.patients, 1)
-    find = partial(detectable_points, control=size.control, unequal=size.unequal)
-    points = find(tested, each, folds, repeats, size.variants)
+    points = detectable_points(
+        tested, each, folds, repeats, size.variants, control=size.control, unequal=size.unequal
+    )
     return {
         **{"choice": choice, "profile": settings.profile},
         **{"folds": folds, "repeats": repeats},

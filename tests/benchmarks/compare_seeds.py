@@ -10,12 +10,10 @@ of all seeds together: there a seed counts as a repeat of the whole cross-valida
 """
 
 import argparse
-import os
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -27,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.convergence import convergence_table, still_learning
 from step2.folds import repeat_folds
 from step2.network import settle_weights
+from step2.pace import end_with_parent
 from step2.runs import (
     Comparison,
     Run,
@@ -63,18 +62,6 @@ def train(comparison: Comparison, run: Run) -> str:
     cv2.setNumThreads(0)
     done = complete_run(comparison, run, lambda epochs: None)
     return f"seed {comparison.settings.seed}  {run}  {done['accuracy']:.3f}  {done['seconds']:.1f} s"
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that started it does, also when that is killed."""
-    parent = parent_process()
-
-    def watch() -> None:
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_all(comparisons: list[Comparison], jobs: int) -> None:

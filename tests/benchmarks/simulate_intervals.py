@@ -198,16 +198,8 @@ def main() -> None:
     for patients in args.patients:
         for folds in args.folds:
             for sd in args.sd:
-                how = (
-                    args.tables,
-                    args.draws,
-                    args.unequal,
-                    args.seed,
-                    args.variants,
-                    args.repeats,
-                    args.noisy,
-                )
-                r = one_setting(patients, folds, sd / 100, *how)
+                how = (args.tables, args.draws, args.unequal, args.seed, args.variants, args.repeats)
+                r = one_setting(patients, folds, sd / 100, *how, noisy=args.noisy)
                 print(
                     f"{patients:8} {folds:5} {sd:3} | {r['one']:4.1f} {r['alone']:5.1f} {r['twins']:5.1f} "
                     f"{r['family']:6.1f} {r['family alone']:5.1f} | {r['covered']:7.1f} {r['best']:4.1f} | "
