@@ -378,9 +378,9 @@ def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_pat
 
 @pytest.mark.skipif(os.name == "nt", reason="a locked file can't be removed there")
 def test_results_folder_that_was_removed_is_locked_again_by_the_same_notebook(tmp_path):
-    lock_results(tmp_path / "r")
-    shutil.rmtree(tmp_path / "r")
     lock = lock_results(tmp_path / "r")
+    shutil.rmtree(tmp_path / "r")
+    assert lock_results(tmp_path / "r") is lock
     try:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
         code += f"from step2.files import lock_results; lock_results(Path({str(tmp_path / 'r')!r}))"
