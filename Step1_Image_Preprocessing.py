@@ -16,7 +16,8 @@ Output:  <output>/<variant>/<the same folders>/<name>.png, 8-bit grey; RGB after
          <output>/preview.png, a labelled contact sheet
 
 A second run does only what is missing or changed. A file that can't be used costs only itself: it becomes a
-row of the manifest with its reason. Exit status: 0 all good, 1 some file failed, 2 usage error.
+row of the manifest with its reason. Exit status: 0 all good, 1 some file failed or the run was stopped, 2 usage
+error, 130 Ctrl-C.
 
 The chapters: the variants and every number; pixels; one file; many files; where they come from; command line.
 """
@@ -476,7 +477,7 @@ def show_windows(ct: CTSlice) -> CTSlice:
 
 
 def crop_margin(ct: CTSlice) -> CTSlice:
-    """Crop to a square round the head without its skull, so that the brain fills the frame."""
+    """Crop to a square round the head without its skull, scalp included, so that it fills the frame."""
     (x, y, _, _), (x0, y0, x1, y1) = ct.box, ct.scan.box()
     here = x0 - x, y0 - y, x1 - x, y1 - y
     return replace(ct, image=crop(ct.image, here, 0), mask=crop(ct.mask, here, False), box=ct.scan.box())

@@ -22,7 +22,6 @@ The rooms in reading order; each imports only from those above it:
     pace         how fast a network trains and what it needs, timed or estimated
     plan         what a comparison costs and could find, before it is trained; python -m step2.plan
     check_gpu    what only a GPU can show, in a few minutes; python -m step2.check_gpu
-    best         which variants can't be told from the best
     metrics      accuracy, sensitivity, AUC, calibration, from the held-out predictions
     statistics   paired differences between variants, intervals, p values, verdicts; which may be the best
     endpoints    the same for any hemorrhage against healthy

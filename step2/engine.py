@@ -43,10 +43,6 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 <<
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Stopped(Exception):
-    """The scheduler has withdrawn this run: the notebook was interrupted, or is gone."""
-
-
 def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
     """Train every run that isn't complete, and print how it goes; what a kill left behind is used.
 
@@ -110,7 +106,7 @@ def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, 
         nonlocal told
         task = worker.state.tasks.get(key)
         if task is None or task.state != "executing":
-            raise Stopped(f"{run} was withdrawn")
+            raise RuntimeError(f"{run} was withdrawn: the notebook was interrupted, or is gone")
         if time.monotonic() - told > 0.5:
             told = time.monotonic()
             worker.log_event(topic_of(comparison), {"run": str(run), "epochs": epochs})

@@ -89,7 +89,7 @@ def read_sealed(path: Path) -> bytes | None:
 def seal(path: Path, content: bytes) -> bytes:
     """Return the check sum that stands before the content of this file, 32 bytes."""
     check_sum = hashlib.sha256(f"{path.parent.name}/{path.name}\0".encode())
-    check_sum.update(content)  # a B7's checkpoint is 0.9 GB: no copy
+    check_sum.update(content)  # a B7's checkpoint is 0.8 GB: no copy
     return check_sum.digest()
 
 

@@ -191,14 +191,6 @@ def ranking_estimates(rows: pd.DataFrame, measure: Ranked, n_draws: int, seed: i
     return combine(names, quotient(np.ones((1, where.patients)))[0], draws, behind)
 
 
-def standard_error(draws: np.ndarray, n_patients: int) -> float:
-    """Return the bootstrap standard error, times sqrt(n / (n - 1)) for few patients (Hesterberg 2015)."""
-    if n_patients < MIN_PATIENTS or np.isnan(draws).mean() > ALPHA:
-        return np.nan
-    spread = np.nanstd(draws, ddof=1)
-    return spread * np.sqrt(n_patients / (n_patients - 1)) if spread > 1e-9 else np.nan
-
-
 def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: int) -> tuple[float, float]:
     """Return the 95 % interval of a metric within its range, NaN where not estimable: value +- t * standard error.
 
@@ -209,7 +201,10 @@ def metric_interval(metric: str, value: float, draws: np.ndarray, n_patients: in
     proportion = metric.startswith(("accuracy", "sensitivity", "specificity", "any_se", "any_sp"))
     if proportion and value in (0, 1) and n_patients >= MIN_PATIENTS:
         return proportion_confint(value * n_patients, n_patients, ALPHA, method="wilson")
-    half = stats.t.ppf(1 - ALPHA / 2, max(n_patients - 1, 1)) * standard_error(draws, n_patients)
+    if n_patients < MIN_PATIENTS or np.isnan(draws).mean() > ALPHA:
+        return np.nan, np.nan
+    spread = np.nanstd(draws, ddof=1) * np.sqrt(n_patients / (n_patients - 1))  # of few (Hesterberg 2015)
+    half = stats.t.ppf(1 - ALPHA / 2, n_patients - 1) * (spread if spread > 1e-9 else np.nan)
     return np.maximum(value - half, 0), value + half if metric == "log_loss" else np.minimum(value + half, 1)
 
 

@@ -105,8 +105,8 @@ def plan_row(choice: str, settings: Settings, size: Size, pace: Pace) -> dict[st
         processes, basis = 1, f"{basis}; hours of one worker of the cluster, several share them"
     one_after_another = math.ceil(runs / processes)  # nine runs by eight processes take as long as sixteen
     seconds = one_after_another * (trained * pace.seconds(settings.workers) + judged * forward)
-    # of each run its last and best weights, of each process a checkpoint
-    disk = (4 * runs + 14 * processes) * pace.weights
+    # of each run its weights, of each process a checkpoint
+    disk = (2 * runs + 12 * processes) * pace.weights
     tested = size.patients if folds > 1 else round(size.patients / 5)  # of a single split, one side
     each = size.slices / max(size.patients, 1)
     points = detectable_points(

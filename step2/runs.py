@@ -172,16 +172,10 @@ def damaged_files(folder: Path) -> list[str]:
     return [n for n, digest in done["files"].items() if n not in there or sha256(folder / n) != digest]
 
 
-def is_trained(comparison: Comparison, run: Run) -> bool:
-    """Tell whether a run is trained to its end and all it left behind is whole."""
-    folder = comparison.folders[run]
-    return read_done(folder) is not None and all(n.startswith("testing-") for n in damaged_files(folder))
-
-
 def is_complete(comparison: Comparison, run: Run) -> bool:
-    """Tell whether a run is trained, and has predicted TestingData as it is now."""
+    """Tell whether a run is trained, and has predicted TestingData as it is now; remove_damaged comes before."""
     done = read_done(comparison.folders[run])
-    if done is None or damaged_files(comparison.folders[run]):
+    if done is None:
         return False
     return run.control or comparison.slices.testing.empty or comparison.testing_file(run) in done["files"]
 
@@ -216,7 +210,7 @@ def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = mat
     speed = choose_speed(comparison.settings, comparison.steps_to_compile, device)
     folder = comparison.folders[run]
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_trained(comparison, run):
+    if read_done(folder) is None:
         finish_run(comparison, run, speed, device, tell, ends)
     if not is_complete(comparison, run):
         predict_testing(comparison, run, speed, device)
@@ -245,8 +239,7 @@ def finish_run(
     write_csv(folder / "predictions.csv", prediction_table(rows, found, classes))
     write_csv(folder / "history.csv", pd.DataFrame(history))
     save_weights(folder / "last.pt", half_weights(trainer.network))
-    save_weights(folder / "best.pt", trainer.best)
-    names = ("predictions.csv", "history.csv", "last.pt", "best.pt")
+    names = ("predictions.csv", "history.csv", "last.pt")
     done = {
         "run": run._asdict(),
         "folder": folder.name,

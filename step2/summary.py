@@ -7,7 +7,7 @@ import pandas as pd
 
 from step2.bootstrap import DRAWS, POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of, guesses
-from step2.metrics import class_warnings, count_text, metric_of, with_interval
+from step2.metrics import METRIC_DRAWS, class_warnings, count_text, metric_of, with_interval
 from step2.report import OPTIMISTIC
 from step2.statistics import (
     ALONE,
@@ -232,7 +232,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
         "",
         f"**Method.** A point is 1 % of the slices{', of an AUC 0.01' * with_any}; brackets are 95 % intervals. Paired "
-        f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients, "
+        f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients ({METRIC_DRAWS:,} for "
+        f"a variant's own held-out metrics{' and any hemorrhage' * with_any}), "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
         f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy{' and AUC' * with_any}: "
         f"patients alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"

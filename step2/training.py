@@ -5,10 +5,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,11 @@ class Speed:
 class Trainer:
     """A network and its optimizer on a device.
 
-    part: slices at a time, halved when memory ends. best: weights of the epoch with the lowest held-out loss.
+    part: slices at a time, halved when memory ends.
     """
 
     def __init__(self, recipe: Recipe, speed: Speed, momentum: float, device: torch.device, outputs: int):
         self.recipe, self.part, self.device = recipe, speed.part, device
-        self.best: dict[str, torch.Tensor] = {}
         self.layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.network = build_network(recipe, momentum, outputs).to(device, memory_format=self.layout)
         decay = recipe.weight_decay  # 0 makes AdamW the same as Adam
@@ -198,8 +196,7 @@ def train_run(
     """Train to the last epoch, from the checkpoint if there is one; return the trainer, its history and its
     probabilities for the slices of its fold, float64 (n held out, classes).
 
-    Held-out predictions are of the last epoch, fixed in advance. The weights with the lowest held-out loss
-    are kept as well (trainer.best), but no number uses them: an epoch chosen by the slices it is judged on
+    Held-out predictions are of the last epoch, fixed in advance: one chosen by the slices it is judged on
     flatters. OutOfTime where run.ends comes first; the checkpoint is that of the last whole epoch. A kill may
     cost two epochs, as one's checkpoint is written while the next one trains.
     """
@@ -214,40 +211,26 @@ def train_run(
     history = load_checkpoint(path, trainer)
     truth, answers = torch.from_numpy(run.labels), run.labels[run.held_out]
     tell = tell_until(run.ends, tell)
-    with written_beside(partial(write_checkpoint, path)) as write:
-        for epoch in epochs_in_time(history, settings.epochs, run.ends):
-            batches = load(pictures, shuffled(run.train, size, seed, epoch), threads)
-            row = train_epoch(trainer, batches, steps, truth, epoch, tell)
-            row |= {"val_loss": None, "val_accuracy": None}
-            if is_judged(epoch, settings.epochs):
-                found = predict(trainer, load(pictures, held_out, threads))
-                row["val_loss"] = log_loss(found, answers)
-                row["val_accuracy"] = float((found.argmax(1) == answers).mean())
-                if row["val_loss"] < min((r["val_loss"] or math.inf for r in history), default=math.inf):
-                    trainer.best = half_weights(trainer.network)
-            history.append(row)
-            write(snapshot(trainer, history))
+    with ThreadPoolExecutor(1) as beside:  # a B7's checkpoint takes seconds, in which the next epoch trains
+        written: Future[Any] = beside.submit(int)
+        try:
+            for epoch in epochs_in_time(history, settings.epochs, run.ends):
+                batches = load(pictures, shuffled(run.train, size, seed, epoch), threads)
+                row = train_epoch(trainer, batches, steps, truth, epoch, tell)
+                row |= {"val_loss": None, "val_accuracy": None}
+                if is_judged(epoch, settings.epochs):
+                    found = predict(trainer, load(pictures, held_out, threads))
+                    row["val_loss"] = log_loss(found, answers)
+                    row["val_accuracy"] = float((found.argmax(1) == answers).mean())
+                history.append(row)
+                kept = snapshot(trainer, history)
+                written.result()
+                written = beside.submit(write_checkpoint, path, kept)
+        finally:
+            written.result()  # what failed there is raised, whatever else ended the run
     found = predict(trainer, load(pictures, held_out, threads))
     require(np.isfinite(found).all(), f"the last epoch's predictions are no numbers: {CALMER}")
     return trainer, history, found
-
-
-@contextmanager
-def written_beside(write: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """Yield a function that writes in a thread, one after the other: a B7's checkpoint takes seconds, in which
-    the next epoch trains. What fails is raised by the next call or at the end, whatever else ended the run."""
-    with ThreadPoolExecutor(1) as thread:
-        last = thread.submit(lambda: None)
-
-        def write_beside(what: dict[str, Any]) -> None:
-            nonlocal last
-            last.result()
-            last = thread.submit(write, what)
-
-        try:
-            yield write_beside
-        finally:
-            last.result()
 
 
 def epochs_in_time(history: list[dict], epochs: int, ends: float) -> Iterator[int]:
@@ -292,7 +275,7 @@ def snapshot(trainer: Trainer, history: list[dict]) -> dict[str, Any]:
     moments = [state[number] for number in sorted(state)]
     for name in moments[0] if moments else ():
         kept |= joined(f"optimizer {name}", (moment[name] for moment in moments))
-    return kept | joined("best", trainer.best.values())
+    return kept
 
 
 def write_checkpoint(path: Path, kept: dict[str, Any]) -> None:
@@ -322,8 +305,6 @@ def load_checkpoint(path: Path, trainer: Trainer) -> list[dict]:
     torch.set_rng_state(kept["random"])
     if "random_device" in kept and trainer.device.type != "cpu":
         torch.get_device_module(trainer.device).set_rng_state(kept["random_device"])
-    if any(key.startswith("best") for key in kept):
-        trainer.best = parted("best", kept, half_weights(trainer.network))
     trainer.part = kept["part"]
     return kept["history"]
 

@@ -681,6 +681,7 @@ def test_help_states_the_defaults(capsys):
         step1.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("default:") >= 6
+    assert "1 some file failed or the run was stopped, 2 usage error, 130 Ctrl-C" in text
 
 
 # ---------------------------------------- bad files

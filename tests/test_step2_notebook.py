@@ -123,7 +123,7 @@ def test_whole_run_leaves_every_promised_file(whole):
         assert (results / name).is_file(), name
     for variant in VARIANTS:
         assert (results / f"testing_predictions_{variant}.csv").is_file()
-        assert len(list((results / "runs" / variant).glob("repeat1_fold?-*/best.pt"))) == 2
+        assert len(list((results / "runs" / variant).glob("repeat1_fold?-*/last.pt"))) == 2
     for figure in FIGURES:
         assert (results / f"{figure}.png").is_file() and (results / f"{figure}.svg").is_file(), figure
     assert not list(results.glob("runs/*/*/checkpoint.pt")) + list(results.rglob("*.tmp"))

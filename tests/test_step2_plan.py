@@ -67,7 +67,7 @@ def test_hours_by_hand():
     assert row["runs"] == 24 and row["pictures"] == 24 * 600
     assert row["hours"] == pytest.approx(24 * (600 * 4 + 300 * 2) / 2 / 3600)
     assert row["trained_per_s"] == pytest.approx(1 / 3) and row["loaded_per_s"] == 1
-    assert row["disk_gb"] == pytest.approx((4 * 24 + 14 * 2) * 1000 / 1e9)
+    assert row["disk_gb"] == pytest.approx((2 * 24 + 12 * 2) * 1000 / 1e9)
 
 
 def test_hours_on_a_cluster_are_those_of_one_worker_and_say_so():

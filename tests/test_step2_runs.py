@@ -290,14 +290,6 @@ def test_files_of_another_run_are_not_taken_for_a_runs_own(data, tmp_path, capsy
     assert "done.json is damaged: this run is trained again" in capsys.readouterr().out
 
 
-def test_best_weights_of_an_interrupted_run_are_those_of_an_unbroken_one(data, tmp_path, monkeypatch):
-    train(data, tmp_path / "whole")
-    stop_in_the_second_epoch(monkeypatch, data, tmp_path / "r")
-    train(data, tmp_path / "r")
-    whole, best = (torch.load(only_folder(tmp_path / name) / "best.pt") for name in ("whole", "r"))
-    assert whole.keys() == best.keys() and all(torch.equal(whole[key], best[key]) for key in whole)
-
-
 def test_table_damaged_after_training_is_refused_not_read(data, tmp_path):
     comparison = make_comparison_for(data, tmp_path / "r", ("1_ROI",), folds=1, epochs=1)
     engine.train_all(comparison)

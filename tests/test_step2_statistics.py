@@ -15,7 +15,6 @@ from statsmodels.stats.multitest import multipletests
 from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
 
 from step2 import summary
-from step2.best import best_of
 from step2.bootstrap import bootstrap_weights, patient_ids
 from step2.estimates import (
     CAUTION,
@@ -30,6 +29,7 @@ from step2.metrics import class_warnings, metric_table
 from step2.statistics import (
     band_position,
     best_in_words,
+    best_of,
     best_set,
     compare,
     contrast_table,

@@ -102,6 +102,7 @@ def test_summary_says_what_points_and_brackets_are():
     text = "\n".join(summary.limit_lines(True, 0.01, True))
     assert "A point is 1 % of the slices, of an AUC 0.01; brackets are 95 % intervals" in text
     assert "All numbers" not in text and "patients alone" in text
+    assert "10,000 draws of whole patients (1,000 for a variant's own held-out metrics and any hem" in text
 
 
 def some_contrasts() -> pd.DataFrame:

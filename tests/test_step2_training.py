@@ -274,7 +274,7 @@ def test_network_that_can_not_be_timed_at_all_is_an_error(monkeypatch, message):
 def saved(tmp_path):
     """Return a trainer after a step, and its checkpoint."""
     trainer, path = make_trainer(), tmp_path / "checkpoint.pt"
-    trainer.part, trainer.best = 3, half_weights(trainer.network)
+    trainer.part = 3
     train_step(trainer, *some_batch(), 1e-3)
     write_checkpoint(path, snapshot(trainer, [{"epoch": 1, "val_loss": 0.5}]))
     return trainer, path
@@ -285,8 +285,6 @@ def test_checkpoint_brings_back_all_that_the_next_step_depends_on(saved):
     drawn, other = torch.rand(3), make_trainer()
     assert load_checkpoint(path, other) == [{"epoch": 1, "val_loss": 0.5}]
     assert torch.equal(torch.rand(3), drawn) and other.part == 3
-    assert list(other.best) == list(trainer.best)
-    assert all(torch.equal(value, other.best[name]) for name, value in trainer.best.items())
     for each in (trainer, other):
         train_step(each, *some_batch(), 1e-3)
     assert torch.equal(trainer.network[1].weight, other.network[1].weight)
@@ -310,7 +308,7 @@ def test_checkpoint_before_any_step_goes_on_as_well(tmp_path):
     """As where fp16 has skipped every step of the first epoch."""
     trainer, other = make_trainer(), make_trainer()
     write_checkpoint(tmp_path / "checkpoint.pt", snapshot(trainer, [{"epoch": 1}]))
-    assert load_checkpoint(tmp_path / "checkpoint.pt", other) == [{"epoch": 1}] and not other.best
+    assert load_checkpoint(tmp_path / "checkpoint.pt", other) == [{"epoch": 1}]
     train_step(other, *some_batch(), 1e-3)
     train_step(trainer, *some_batch(), 1e-3)
     assert torch.equal(trainer.network[1].weight, other.network[1].weight)
@@ -442,16 +440,3 @@ def test_training_begins_with_the_initial_weights(tmp_path, monkeypatch):
     weights = InitialWeights("file", "file", str(tmp_path / "weights.pt"), "", "")
     train_run(four_slices(tmp_path, settings, weights), PLAIN, CPU, lambda epochs: None)
     assert torch.equal(begun[0], given._conv_stem.weight)
-
-
-def test_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path, monkeypatch):
-    losses, seen = iter([0.9, 0.5, 0.7]), []
-    monkeypatch.setattr(training, "train_epoch", lambda *given: seen.append(given[4]) or {"seconds": 0.0})
-    monkeypatch.setattr(training, "predict", lambda *given: np.full((4, 6), 1 / 6))
-    monkeypatch.setattr(training, "log_loss", lambda *given: next(losses))
-    monkeypatch.setattr(training, "half_weights", lambda network: {"epoch": torch.tensor(float(seen[-1]))})
-    none = InitialWeights("none", "none", "", "", "")
-    trainer, _, _ = train_run(
-        four_slices(tmp_path, make_settings(epochs=3), none), PLAIN, CPU, lambda epochs: None
-    )
-    assert trainer.best["epoch"] == 1

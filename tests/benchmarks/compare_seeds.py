@@ -35,6 +35,7 @@ from step2.runs import (
     complete_run,
     is_complete,
     make_comparison,
+    remove_damaged,
 )
 from step2.settings import read_settings
 from step2.slices import read_slices
@@ -65,7 +66,9 @@ def train(comparison: Comparison, run: Run) -> str:
 
 
 def train_all(comparisons: list[Comparison], jobs: int) -> None:
-    """Train what is not trained yet, fold by fold of every seed."""
+    """Train what is not trained yet, or was damaged since, fold by fold of every seed."""
+    for line in (line for comparison in comparisons for line in remove_damaged(comparison)):
+        print(line)
     waiting = [(c, run) for c in comparisons for run in c.runs if not is_complete(c, run)]
     print(f"{sum(len(c.runs) for c in comparisons)} runs, {len(waiting)} of them to train", flush=True)
     began = time.monotonic()

@@ -27,10 +27,9 @@ from scipy import special
 from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from step2.best import best_of
 from step2.bootstrap import sum_by_patient
 from step2.estimates import Cells, Estimates, degrees_of_freedom, find_cells, interaction, mean_estimates
-from step2.statistics import holm
+from step2.statistics import best_of, holm
 
 VARIANTS = 7  # and a control of the first
 OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins have in common
