@@ -126,7 +126,8 @@ def draw_curves(axis: plt.Axes, runs: pd.DataFrame, what: str, color: str) -> No
         for _, fold in known.groupby(["repeat", "fold"]):
             axis.plot(fold["epoch"], fold[column], color=tint, lw=0.6, alpha=0.4)
         mean = known.groupby("epoch")[column].mean()
-        axis.plot(mean.index, mean, color=tint, lw=1.8, label=label)
+        dot = "." * (len(mean) == 1)  # no line is drawn through a single point
+        axis.plot(mean.index, mean, color=tint, lw=1.8, label=label, marker=dot)
         ends.append((mean.iloc[-1], mean.index[-1], tint))
     for (value, epoch, tint), side in zip(sorted(ends), ("top", "bottom"), strict=True):
         axis.annotate(f"{value:.2f}", (epoch, min(value, TOP_LOSS)), xytext=(2, 0), color=tint, fontsize=7,

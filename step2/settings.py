@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from dask.system import CPU_COUNT
@@ -114,6 +115,7 @@ def read_settings(
     parameters = set(Settings.model_fields)
     if before is not None:
         old = set(given if isinstance(given.get("settings"), Settings) else before)
+        old |= {k for k, v in given.items() if callable(v) or isinstance(v, ModuleType)}  # imports, no values
         given = {k: v for k, v in given.items() if k in parameters or (k not in old and k[0] != "_")}
     given = {name: value for name, value in given.items() if value is not None}
     profile, why = choose_profile(given.get("profile", "auto"), gpus, gpu_memory)

@@ -272,6 +272,15 @@ def test_last_values_of_close_learning_curves_do_not_overlap():
     plt.close(figure)
 
 
+def test_learning_curve_of_one_epoch_is_seen():
+    row = {"variant": "a", "control": False, "repeat": 1, "fold": 1, "epoch": 1}
+    row |= {"train_loss": 1.7, "val_loss": 1.6, "train_accuracy": 0.3, "val_accuracy": 0.2}
+    figure = figures.draw_learning(pd.DataFrame([row]), ["a"], 6)
+    seen = [line.get_label() for axis in figure.axes for line in axis.lines if line.get_marker() == "."]
+    assert seen == ["training", "held out"] * 2
+    plt.close(figure)
+
+
 def test_learning_rate_of_the_last_step_is_drawn_to_its_end():
     figure = figures.draw_rates([0.1, 0.2, 0.05], 3)
     assert figure.axes[0].patches[0].get_path().vertices[:, 0].max() == 3

@@ -136,6 +136,12 @@ def test_names_that_are_older_than_the_parameters_are_no_parameters():
         read_settings(namespace, before=["pd"])
 
 
+def test_what_is_imported_is_no_parameter():
+    """As by the cell of the plan, run before the parameters, or by a reader's own cell."""
+    namespace = {"plan_table": make_settings, "math": math, "epochs": 3, "profile": "quick"}
+    assert read_settings(namespace, before=[]).epochs == 3
+
+
 def test_cell_that_reads_the_parameters_can_be_run_again():
     """By then later cells have made names, and one of them may look like a misspelt parameter."""
     namespace = {"epochs": 3, "profile": "quick"}
