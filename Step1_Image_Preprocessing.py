@@ -603,7 +603,9 @@ def refusing(what: str, remedy: str):
 def one_line(err: BaseException | str) -> str:
     """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
     text = " ".join(str(err).split()) or type(err).__name__
-    return textwrap.shorten(re.sub(r"['\"].*['\"]|\d[\d.]{9,}", "...", text), 160, placeholder=" ...")
+    return textwrap.shorten(
+        re.sub(r"['\"].*['\"]|ignoring: .*|\d[\d.]{9,}", "...", text), 160, placeholder=" ..."
+    )
 
 
 def check_is_ct_slice(ds: Dataset) -> None:
@@ -664,6 +666,8 @@ def read_dicom(path: Path) -> Dataset:
             check_inflated_size(path)
             ds = pydicom.dcmread(path, force=True, defer_size=2**22)  # bytes; more waits for the checks
         except OSError as err:
+            if err.errno is None:  # pydicom's own, of a damaged sequence
+                raise
             raise UnsuitableFile("unreadable: check the permissions and the disk") from err
     if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
         cut = "truncated, it ends within its header or pixels"
@@ -711,7 +715,7 @@ def decode(ds: Dataset) -> np.ndarray:
     """Return the stored values, integer (rows, columns), decoded by the one plugin named in DECODERS."""
     syntax = ds.file_meta.TransferSyntaxUID
     plugin, package = DECODERS.get(syntax, ("", ""))
-    named = f"TransferSyntaxUID (0002,0010) {syntax.name}"
+    named = f"TransferSyntaxUID (0002,0010) {'of no known name' if syntax.name == syntax else syntax.name}"
     if not plugin and syntax not in uid.UncompressedTransferSyntaxes:
         raise UnsuitableFile(f"{named}: not supported, export uncompressed")
     if plugin and plugin not in get_decoder(syntax).available_plugins:
@@ -755,9 +759,9 @@ class Settings:
     patient_key: bytes
 
 
-def pseudonym(patient_id: object, key: bytes) -> str:
-    """Return a keyed hash of a PatientID, so that the manifest names nobody; '' where there is no id."""
-    text = str(patient_id or "").strip()
+def pseudonym(identifier: object, key: bytes) -> str:
+    """Return a keyed hash of a patient's or study's id, so that nothing names anybody; '' where there is none."""
+    text = str(identifier or "").strip()
     return hashlib.blake2b(text.encode(), key=key, digest_size=8).hexdigest() if text else ""
 
 
@@ -789,7 +793,8 @@ def convert(task: Task, settings: Settings) -> dict:
     with refusing("damaged header", "export it again"):
         hu, repaired = hounsfield(decode(ds), ds)
         grey, fields = dicom2png(hu, ds)
-        fields["patient"] = pseudonym(ds.get("PatientID"), settings.patient_key)
+        for field, keyword in (("patient", "PatientID"), ("study", "StudyInstanceUID")):
+            fields[field] = pseudonym(ds.get(keyword), settings.patient_key)
     ct = whole_slice(hu, grey, settings.roi_window)
     after = step_runner(ct)
     for variant in task.variants:
@@ -879,7 +884,10 @@ DAMAGED = "is damaged: delete it, and every picture is made again"
 def open_ledger(output: Path) -> sqlite3.Connection:
     """Open the table of all files of an output folder; it belongs to this run alone until it ends."""
     (output / ".tmp").mkdir(parents=True, exist_ok=True)
-    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "made")
+    path, columns = output / ".ledger.sqlite3", (*MANIFEST_COLUMNS, "path", "folded", "made", "study")
+    manifest = output / "manifest.csv"
+    if not path.exists() and manifest.exists() and not manifest.read_bytes().startswith(b"image,split,"):
+        raise UsageError(f"{manifest} is another program's: move it away, or name another --output")
     ledger = sqlite3.connect(path, timeout=1)
     ledger.row_factory = sqlite3.Row
     try:
@@ -1019,7 +1027,7 @@ def due_tasks(ledger: sqlite3.Connection, args: argparse.Namespace, identity: st
 
 def record(ledger: sqlite3.Connection, source: str, fields: dict) -> None:
     """Write what became of a file into the ledger, all that is known of it."""
-    columns = {*MANIFEST_COLUMNS, "made"} - {"source", "image", "split", "label"}
+    columns = {*MANIFEST_COLUMNS, "made", "study"} - {"source", "image", "split", "label"}
     values = {column: str(fields.get(column, "")) for column in columns}
     changes = ", ".join(f"{column} = :{column}" for column in values)
     ledger.execute(f"UPDATE files SET {changes} WHERE source = :source", {**values, "source": source})
@@ -1308,11 +1316,14 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
         print(f"failed: {row['source']!r}: {row['reason']}", file=sys.stderr)
     if failed > FAILED_SHOWN:
         print(f"failed: {failed - FAILED_SHOWN} more, see manifest.csv", file=sys.stderr)
+    several = "study != '' GROUP BY study HAVING count(DISTINCT nullif(patient, '')) > 1"
+    apart = "in studies of several PatientIDs: a patient of several is on both sides of a split, give it one"
     notes = {
         "without a usable window in the header, shown in the brain window": "window_source = 'default'",
         "with the 12-bit wrap, repaired": "hu_repaired = '1'",
         "blank, or nearly so": "blank = '1'",
         "without PatientID, which makes all results slice-level: give them one": "status = 'ok' AND patient = ''",
+        apart: f"study IN (SELECT study FROM files WHERE {several})",
         "with warnings, see manifest.csv": "warnings != ''",
     }
     for note, where in notes.items():
@@ -1498,8 +1509,8 @@ def read_rsna_labels(path: Path, files: set[str], by: str):
 
 def read_patient_id(path: Path) -> str:
     """Return a file's PatientID, '' where it can't be read."""
-    try:
-        with refusing("unreadable header", ""):
+    try:  # of what is converted, warnings go to the manifest
+        with refusing("unreadable header", ""), warnings.catch_warnings(record=True):
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
             return str(ds.get("PatientID") or "").strip()
     except (UnsuitableFile, MemoryError):

@@ -119,7 +119,8 @@ def lock_results(results: Path) -> FileLock:
         raise ValueError(f"{wrong} (this file system has no locks)") from err
     except OSError as err:
         raise ValueError(f"{wrong} ({err.strerror or err})") from err
-    for left_behind in [*results.glob(".*.tmp"), *results.glob("runs/*/*/.*.tmp")]:
+    leftovers = ".*.*.*[0-9].tmp"  # as write_content names them, which ends with a process's number
+    for left_behind in [*results.glob(leftovers), *results.glob(f"runs/*/*/{leftovers}")]:
         left_behind.unlink(missing_ok=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     write_json(results / ".owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})

@@ -731,6 +731,27 @@ def test_damaged_files_are_converted_or_refused_and_never_end_the_run(tmp_path):
     assert all(row["reason"] for row in rows.values() if row["status"] == "failed")
 
 
+@pytest.mark.parametrize("syntax", ["1.2.77.19371203", "SECRET^Name"])
+def test_transfer_syntax_without_a_name_is_not_quoted(syntax, tmp_path):
+    """It is a UID of the header or, in a damaged file, anything."""
+    path = save_ct(tmp_path / "a", GOOD)
+    known = b"1.2.840.10008.1.2.1\0"
+    path.write_bytes(path.read_bytes().replace(known, syntax.encode().ljust(len(known), b"\0"), 1))
+    reason = reason_of(path, tmp_path)
+    assert "TransferSyntaxUID" in reason and syntax not in reason
+
+
+def test_file_that_ends_within_a_sequence_is_damaged_not_unreadable(tmp_path):
+    """pydicom says so by an OSError of its own, as if it were the disk."""
+    ct = make_ct(GOOD, ReferencedImageSequence=[Dataset()])
+    ct["ReferencedImageSequence"].is_undefined_length = True
+    path = save(tmp_path / "a", ct)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"\x08\x00\x40\x11SQ") + 16])
+    reason = reason_of(path, tmp_path)
+    assert "damaged" in reason and "permissions" not in reason
+
+
 def test_jpeg_ls_that_happens_to_hold_a_jpeg_2000_marker_is_converted(tmp_path):
     """The pixels' bits may do that by chance, here a comment (ITU-T T.81 B.2.4.5) does."""
     ct = make_ct(plain_head(64), **WINDOW)

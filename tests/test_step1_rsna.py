@@ -370,6 +370,15 @@ def test_spaces_round_a_patient_id_make_no_second_patient(tmp_path):
     assert step1.read_patient_id(path) == "P1"
 
 
+def test_warnings_about_a_header_go_to_the_manifest_alone(small, recwarn):
+    path = small / "stage_2_train_images" / "ID_e1.dcm"
+    content = save_ct(path, plain_head(48), SpecificCharacterSet="ISO_IR 100").read_bytes()
+    path.write_bytes(content.replace(b"ISO_IR 100", b"SECRET-CS "))
+    rows = run(small, "--per-class", "10", "--test", "0")
+    assert not [w for w in recwarn if "SECRET-CS" in str(w.message)]
+    assert "Unknown encoding ..." in "".join(rows["warnings"])
+
+
 def test_slices_without_a_patientid_are_left_out_and_counted(small, capsys):
     save_ct(small / "stage_2_train_images" / "ID_e1.dcm", plain_head(48), PatientID=None)
     rows = run(small, "--per-class", "10", "--test", "0")

@@ -755,6 +755,14 @@ def test_thin_slice_is_drawn_in_the_preview(raw):
     assert run(raw) == 0
 
 
+def test_manifest_of_another_program_is_not_overwritten(raw, capsys):
+    own = raw / "manifest.csv"
+    own.write_text("my own list", encoding="utf-8")
+    assert run(raw, "--output", str(raw)) == 2
+    assert own.read_text(encoding="utf-8") == "my own list"
+    assert f"error: {own} is another program's" in capsys.readouterr().err
+
+
 def test_preview_of_a_stopped_run_is_drawn_by_the_next(raw, monkeypatch):
     run(raw)
     before = (raw.parent / "out" / "preview.png").read_bytes()
@@ -940,6 +948,16 @@ def test_patients_of_each_class_are_counted_and_a_shared_patientid_shows(tmp_pat
     assert "no training slice of" not in out  # bleed or none is a question of its own
 
 
+def test_study_of_several_patientids_is_said(raw, capsys):
+    """Some programs that take names away give each file an id of its own."""
+    for number, study in enumerate(("1.2.3", "1.2.3", "1.2.4", "1.2.4")):
+        ids = {"PatientID": f"P{min(number, 2)}", "StudyInstanceUID": study}
+        save_ct(raw / "TrainingData" / "healthy" / f"{number}.dcm", plain_head(64), **ids)
+    run(raw, "--variants", "0")
+    assert "note: 2 in studies of several PatientIDs" in capsys.readouterr().out
+    assert "1.2.3" not in (raw.parent / "out" / ".ledger.sqlite3").read_bytes().decode(errors="replace")
+
+
 def test_warnings_in_the_manifest_name_no_folder_of_this_machine(raw, tmp_path):
     content = (ROOT / "raw_data/TrainingData/healthy").glob("*.dcm")
     cut = next(c for c in (p.read_bytes() for p in sorted(content)) if b"\xfe\xff\x00\xe0" in c)
@@ -1044,6 +1062,10 @@ def test_manifest_is_sorted_by_source(raw):
 def test_reasons_and_warnings_quote_no_value_and_no_uid():
     said = step1.one_line("Invalid value 'SECRET^Name' of\n 1.2.840.113619.2.55.3, and \"SECRET-ID\" too")
     assert "SECRET" not in said
+    extended = (
+        "Value 'ISO_IR 192' for Specific Character Set does not allow code extensions, ignoring: SECRET"
+    )
+    assert "SECRET" not in step1.one_line(extended)
     assert step1.one_line("Invalid UID 1.2.840.113619.2.55.3\n of it") == "Invalid UID ... of it"
 
 

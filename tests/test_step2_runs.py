@@ -490,8 +490,9 @@ def test_leftovers_of_a_killed_notebook_are_removed_at_the_next_start(tmp_path):
     leftover = tmp_path / "runs/1_ROI/repeat1_fold1-0/.checkpoint.pt.host.1.tmp"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
+    (tmp_path / ".own.tmp").touch()
     files.lock_results(tmp_path)
-    assert not leftover.exists()
+    assert not leftover.exists() and (tmp_path / ".own.tmp").exists()
 
 
 def test_process_number_of_a_gone_notebook_that_lives_again_holds_nothing(tmp_path):
