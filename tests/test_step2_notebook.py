@@ -107,6 +107,17 @@ def test_look_at_one_batch_keeps_no_graph(notebook):
     assert look.index("torch.no_grad()") < look.index("model(normalise(batch))")
 
 
+def test_no_cell_takes_what_another_comparison_found_for_this_ones(notebook):
+    """As where training is stopped after a parameter was changed, and a reader goes on with the cells that draw."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    forgotten = ("predictions", "history", "contrasts", "compared")
+    assert any("read_slices(" in text and " = ".join(forgotten) + " = None" in text for text in code)
+    collected = next(i for i, text in enumerate(code) if "collect_predictions(" in text)
+    for text in code[collected + 1 :]:
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert names & {*forgotten, "comparison"} or "report." not in text, text
+
+
 def test_papermill_command_of_the_readme_has_its_output_folder():
     command = re.search(r"papermill \S+ (\S+)/run\.ipynb", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert command and (ROOT / command[1] / ".gitignore").is_file()  # the one tracked file in it
