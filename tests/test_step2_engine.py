@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -83,14 +83,20 @@ def wait_for_checkpoint(results: Path) -> None:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """Return the processes that train for a notebook or script."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    """Return the processes that train for a notebook or script, without those that end just now."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def is_there(process: psutil.Process) -> bool:
     """Tell whether a process still runs."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 # ---------------------------------------- a cluster on this machine
@@ -399,8 +405,7 @@ def test_kernel_interrupted_while_workers_start_keeps_none():
         )
         code += "with local_cluster(read_settings({'profile': 'quick', 'processes': 2}), 2): time.sleep(60)"
         client.execute(code)
-        kernel = psutil.Process(manager.provisioner.pid)
-        while not any("spawn_main" in " ".join(p.cmdline()) for p in kernel.children(recursive=True)):
+        while not workers_of(manager.provisioner.pid):
             time.sleep(0.02)
         manager.interrupt_kernel()
         reply = {"msg_type": ""}
