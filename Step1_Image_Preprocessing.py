@@ -603,9 +603,8 @@ def refusing(what: str, remedy: str):
 def one_line(err: BaseException | str) -> str:
     """Return an exception's or warning's text on one line, without quoted values and UIDs, cut short."""
     text = " ".join(str(err).split()) or type(err).__name__
-    return textwrap.shorten(
-        re.sub(r"['\"].*['\"]|ignoring: .*|\d[\d.]{9,}", "...", text), 160, placeholder=" ..."
-    )
+    text = re.sub(r"['\"].*['\"]|ignoring: .*|\d[\d.]{9,}", "...", text)
+    return textwrap.shorten(text, 160, placeholder=" ...")
 
 
 def check_is_ct_slice(ds: Dataset) -> None:
