@@ -135,6 +135,14 @@ def test_interval_of_a_metric_by_hand():
     assert f1 == 1 < loss
 
 
+@pytest.mark.parametrize(("missing", "known"), [(4, True), (6, False)])
+def test_metric_that_many_draws_lack_has_no_interval(missing, known):
+    """As an AUC, where few patients are healthy and some draws have none of them."""
+    draws = np.linspace(0.4, 0.6, 100)
+    draws[:missing] = np.nan
+    assert np.isfinite(metric_interval("auc", 0.5, draws, 20)).all() == known
+
+
 def test_reliability_of_a_bin_by_hand():
     labels = ["epidural"] * 4
     table = reliability(prediction_table({"a": [*labels[:3], "healthy"]}, labels, list("PQRS")))
