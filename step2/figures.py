@@ -24,7 +24,7 @@ from step2.metrics import (
 )
 from step2.pictures import Pictures, read_png, to_picture
 from step2.settings import Settings
-from step2.statistics import EQUIVALENCE, in_points
+from step2.statistics import EQUIVALENCE, in_points, p_text
 from step2.variants import BASELINE, KNOWN_VARIANTS
 
 # Fonts that have the Chinese, Japanese or Korean of a class's name, where the usual one has no letter
@@ -172,7 +172,7 @@ def draw_contrast(axis: plt.Axes, y: float, row: pd.Series) -> None:
     text, p = "not estimable", ""
     if np.isfinite(low):
         text = in_points(row).replace(" points", "")
-        p = "<0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
+        p = p_text(row["p_holm"])
     beyond = axis.get_yaxis_transform()
     axis.text(1.37, y, text, transform=beyond, ha="right", va="center", fontsize=9)
     axis.text(1.52, y, p, transform=beyond, ha="right", va="center", fontsize=9)
@@ -347,7 +347,7 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
         roc.plot(curve, label=name, color=colors[name], ls=LINE_STYLES[i % len(LINE_STYLES)], lw=1.8)
     roc.plot([0, 1], [0, 1], color="black", lw=0.8, label="chance")
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", ylim=(0, 1.02), xlim=(0, 1))
-    roc.legend(fontsize=8, loc="lower right")
+    roc.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     for axis in (auc, roc):
         axis.grid(alpha=0.3)
     return figure

@@ -129,7 +129,7 @@ class Report:
         """Show a table under its title and caption; as plain text outside of a notebook."""
         caption = f"{title}{self.level}: {self.caption}"
         if get_ipython():
-            display(table.style.set_caption(caption))
+            display(table.style.format(brief).set_caption(caption))
         else:
             print(caption, table.to_string(), sep="\n")
 
@@ -158,6 +158,11 @@ class Report:
             self.written.append(name)
             path = self.results / "written.json"
             write_json(path, {"comparison": self.identity, "files": self.written})
+
+
+def brief(cell: Any) -> Any:
+    """Return a table's cell as it is shown: 26.7, not 26.700000."""
+    return f"{cell:g}" if isinstance(cell, float) else cell
 
 
 def small_png(drawn: IO[bytes]) -> bytes:

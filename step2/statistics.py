@@ -239,7 +239,7 @@ def best_in_words(best: pd.DataFrame, learning: Collection[str] = ()) -> str:
     if len(not_) == 0:
         said = f"Any of these variants may be the best: these data can't tell them apart from it{alone}."
     else:
-        lead = "Best" if len(may) == 1 else "Best, or not to be told from it"
+        lead = "Best" if len(may) == 1 else "May be the best"
         said = f"{lead}: {', '.join(may)}; worse: {', '.join(not_)}{alone}."
     return f"{said} Still learning: {', '.join(learning)}." if learning else said
 
@@ -258,10 +258,10 @@ def verdict(row: pd.Series, margin: float = EQUIVALENCE, learning: Collection[st
 
 
 def control_verdict(row: pd.Series) -> str:
-    """Return what the A/A control says: it must find nothing."""
+    """Return what the A/A control says: it should find nothing."""
     if is_significant(row):
         return f"one variant against itself differs, which happens in 5 % of controls: {in_points(row)}"
-    return f"one variant against itself shows no difference, as it must: {in_points(row)}"
+    return f"one variant against itself shows no difference, as it should: {in_points(row)}"
 
 
 def difference_verdict(row: pd.Series, margin: float) -> str:
@@ -298,6 +298,13 @@ def in_points(row: pd.Series) -> str:
     """Return '+3.1 points (+1.2 to +5.0)', in percentage points of accuracy."""
     values = [round(100 * row[key], 1) + 0.0 for key in ("difference", "ci_low", "ci_high")]
     return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*values).replace("-", "\N{MINUS SIGN}")
+
+
+def p_text(p: float) -> str:
+    """Return a p value for a table, an en dash where there is none; one just above 0.05 is not said to be 0.050."""
+    if 0.05 < p < 0.0505:
+        return ">0.050"
+    return "\N{EN DASH}" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def in_points_unsigned(row: pd.Series) -> str:

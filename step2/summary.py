@@ -16,6 +16,7 @@ from step2.statistics import (
     in_band,
     in_points_unsigned,
     is_significant,
+    p_text,
     training_in_words,
 )
 from step2.variants import BASELINE
@@ -158,11 +159,6 @@ def noise_text(sd: float) -> str:
     return "\N{EN DASH}" if np.isnan(sd) else "not seen" if sd < 0.0005 else f"{100 * sd:.1f}"
 
 
-def p_text(p: float) -> str:
-    """Return a p value for a table, an en dash where there is none."""
-    return "\N{EN DASH}" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: tuple[str, ...]) -> str:
     """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
     if HEALTHY not in classes:
@@ -190,7 +186,7 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
         for by in (["accuracy", "any_auc"], ["any_auc", "accuracy"])
     )
     if accuracy != auc:
-        said.append(f"By AUC the order is another one than by accuracy: {', '.join(auc)}.")
+        said.append(f"By AUC the order differs from that by accuracy; best first: {', '.join(auc)}.")
     return " ".join(said)
 
 
@@ -224,9 +220,9 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
     secondary = "Effects of steps and any hemorrhage" if with_any else "Effects of steps"
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
-        f"**Limits.** {both}All of it is trained on these patients: folds share training slices, so no interval "
-        "here speaks of a newly drawn training set, and none of one variant's accuracy holds what moves all variants "
-        "of a run together. The same seed gives the same table on one kind of machine; another machine's arithmetic "
+        f"**Limits.** {both}All networks are trained on these patients: folds share training slices, so no interval "
+        "here speaks of a newly drawn training set, and that of a single variant's accuracy leaves out what moves all "
+        "variants together. The same seed gives the same table on one kind of machine; another machine's arithmetic "
         "is another draw of the trainings. The contrasts were fixed in the code, "
         "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
         f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
@@ -250,7 +246,7 @@ def say_forest(contrasts: pd.DataFrame) -> str:
     primary = contrasts[contrasts["kind"] == "primary"]
     clear = sum(is_significant(row) for _, row in primary.iterrows())
     against = (
-        f"Of {len(primary)} comparisons with {BASELINE}, {clear} keep clear of 0 after Holm's correction."
+        f"Of {len(primary)} comparisons with {BASELINE}, {clear} show a difference after Holm's correction."
         if len(primary)
         else f"No variant was compared with {BASELINE}."
     )
@@ -275,8 +271,8 @@ def say_pairs(pairs: pd.DataFrame) -> str:
     said = []
     for step in several.itertuples():
         points = 100 * pairs.loc[pairs["step"] == step.step, "difference"]
-        span = f"{signed(points.min())} to {signed(points.max())} points, pairs differ with p = {p_text(step.p_differ)}"
-        said.append(f"{step.step}: {span.replace('= <', '< ')}")
+        span = f"{signed(points.min())} to {signed(points.max())} points; do pairs differ? p = {p_text(step.p_differ)}"
+        said.append(f"{step.step}: {span.replace('= <', '< ').replace('= >', '> ')}")
     return "; ".join(said) + ". Exploratory: nothing corrects these p for their number."
 
 

@@ -84,9 +84,7 @@ def test_words_name_another_order_by_auc():
     rows = [("a", "accuracy", 0.9), ("b", "accuracy", 0.8), ("a", "any_auc", 0.7), ("b", "any_auc", 0.8)]
     metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
     endpoints = pd.DataFrame({"kind": ["factorial"], "endpoint": ["AUC"]})
-    words = (
-        "No variant was compared with 0_Dicom2PNG. By AUC the order is another one than by accuracy: b, a."
-    )
+    words = "No variant was compared with 0_Dicom2PNG. By AUC the order differs from that by accuracy; best first: b, a."
     assert endpoints_in_words(metrics, endpoints, CLASSES) == words
 
 
@@ -118,4 +116,4 @@ def test_equal_accuracies_or_aucs_are_no_other_order():
         rows = [(v, "accuracy", a) for v, a in zip(ALL_VARIANTS, (0.6, 0.5), strict=False)]
         rows += [(v, "any_auc", a) for v, a in zip(ALL_VARIANTS, auc, strict=False)]
         metrics = pd.DataFrame(reversed(rows), columns=["variant", "metric", "value"])
-        assert ("another one" in endpoints_in_words(metrics, table, two)) == other
+        assert ("By AUC the order" in endpoints_in_words(metrics, table, two)) == other

@@ -1,6 +1,7 @@
 """Figures draw for few and many variants, and titles say what made them."""
 
 import io
+import re
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -185,6 +186,16 @@ def test_titles_say_what_made_them_and_where_patients_are_missing(tmp_path, pati
 def test_table_is_printed_under_its_caption_outside_of_a_notebook(tmp_path, capsys):
     Report(tmp_path, "quick profile", False, "identity").table(pd.DataFrame({"a": [1]}), "Folds")
     assert capsys.readouterr().out.startswith("Folds (slice-level, optimistic): quick profile\n")
+
+
+def test_table_in_a_notebook_has_no_needless_decimals(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("step2.report.get_ipython", lambda: True)
+    monkeypatch.setattr("step2.report.display", shown.append)
+    table = pd.DataFrame({"accuracy": [26.7, 100.0], "slices": [15, 1000], "whose": ["a", "b"]})
+    Report(tmp_path, "quick profile", True, "identity").table(table, "Folds")
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", shown[0].to_html())
+    assert cells == ["26.7", "15", "a", "100", "1000", "b"]
 
 
 def test_slices_are_counted_in_digits():

@@ -4,7 +4,7 @@ The full simulation is tests/benchmarks/simulate_intervals.py; its tables stand 
 """
 
 from dataclasses import replace
-from math import comb
+from math import comb, nan
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from step2.statistics import (
     declared_contrasts,
     exact_mcnemar,
     holm,
+    p_text,
     pair_table,
     score_testing,
     training_in_words,
@@ -180,6 +181,14 @@ def test_equal_pairs_do_not_differ_and_unequal_ones_do():
     assert found.differ(other) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(0.0004, "<0.001"), (0.05, "0.050"), (0.0501, ">0.050"), (0.0506, "0.051"), (nan, "\N{EN DASH}")],
+)
+def test_a_p_just_above_the_limit_does_not_look_significant(p, text):
+    assert p_text(p) == text
+
+
 # ---------------------------------------- which is best
 
 
@@ -188,7 +197,7 @@ def test_best_set_holds_what_cannot_be_told_from_the_best():
     assert list(best["variant"]) == ["v2", "v1", "v3", "v0"]
     assert list(best["in_best_set"]) == [True, True, False, False]
     assert best["difference"].tolist() == pytest.approx([0.01, -0.01, -0.10, -0.20])
-    assert best_in_words(best) == "Best, or not to be told from it: v2, v1; worse: v3, v0."
+    assert best_in_words(best) == "May be the best: v2, v1; worse: v3, v0."
     assert (best["ci_low"] <= best["difference"]).all() and (best["difference"] <= best["ci_high"]).all()
 
 

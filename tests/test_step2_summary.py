@@ -142,7 +142,7 @@ def test_sentences_name_the_highest_and_the_lowest():
     said = summary.say_sensitivities(metrics, ("x", "y"))
     assert said == "Mean over variants: hardest y (20 %), easiest x (90 %)."
     pairs = pd.DataFrame({"step": "CLAHE", "difference": [0.02, -0.01], "p_differ": 0.03})
-    words = "CLAHE: \N{MINUS SIGN}1.0 to +2.0 points, pairs differ with p = 0.030."
+    words = "CLAHE: \N{MINUS SIGN}1.0 to +2.0 points; do pairs differ? p = 0.030."
     assert summary.say_pairs(pairs).startswith(words)
 
 
