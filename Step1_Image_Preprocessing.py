@@ -220,7 +220,7 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     impossible = np.count_nonzero(hu < -10_000) + np.count_nonzero(hu > 20_000)
     if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
         beyond = "over 1 % of the pixels are below -10,000 or above 20,000 HU"
-        raise UnsuitableFile(f"{beyond}: RescaleSlope/Intercept (0028,1053/1052)?")
+        raise UnsuitableFile(f"{beyond}: RescaleSlope/Intercept (0028,1053/1052) wrong, export it again")
     return hu, wrapped
 
 
@@ -261,7 +261,7 @@ def dicom2png(hu: np.ndarray, ds: Dataset) -> tuple[np.ndarray, dict]:
     """Return the picture that the header asks for, uint8 (rows, columns), and its manifest fields."""
     fields: dict[str, Any] = {"window_source": "header"}
     if ds.get("VOILUTSequence"):
-        with refusing("VOILUTSequence (0028,3010) can't be applied", "export it again, or remove it"):
+        with refusing("VOILUTSequence (0028,3010) can't be applied", "export it again, or leave it out"):
             _, first, depth = ds.VOILUTSequence[0].LUTDescriptor
             if first > 32767:  # no HU is that high: a negative one, written without its sign
                 ds.VOILUTSequence[0].LUTDescriptor[1] = first - 65536
@@ -547,7 +547,7 @@ def check_variants() -> None:
         steps = single_steps(bundled)
         for place, step in enumerate(steps):
             if step not in STEPS:
-                known = f"choose of {', '.join((*BUNDLES, *STEPS))}, or add it to STEPS"
+                known = f"choose one of {', '.join((*BUNDLES, *STEPS))}, or add it to STEPS"
                 raise UsageError(f"variant {variant}: no step {step!r}: {known}")
             lost = {"clahe", "bilateral"}.intersection(steps[:place])
             if step in ("window", "windows") and lost:
@@ -619,23 +619,23 @@ def check_is_ct_slice(ds: Dataset) -> None:
     captured = ds.get("SOPClassUID") == uid.SecondaryCaptureImageStorage  # dose reports, in "HU" (GE) or not
     no_hu = "HU unknown, export the original series"
     fits = {
-        "a DICOMDIR, an index of other files: remove it": "DirectoryRecordSequence" not in ds,
+        "a DICOMDIR, an index of other files: leave it out": "DirectoryRecordSequence" not in ds,
         "float pixels (7FE0,0008/0009): no CT slice": not ds.dir("FloatPixelData"),  # nor DoubleFloat
-        "Modality (0008,0060) is not CT: remove the file": texts(ds, "Modality") == ["CT"],
-        "no image, PixelData (7FE0,0010) is absent: remove the file": "PixelData" in ds,
-        "ImageType (0008,0008) says LOCALIZER, a scout: remove it": "LOCALIZER" not in texts(ds, "ImageType"),
+        "Modality (0008,0060) is absent or not CT: leave it out": texts(ds, "Modality") == ["CT"],
+        "no image, PixelData (7FE0,0010) is absent: leave it out": "PixelData" in ds,
+        "ImageType (0008,0008) says LOCALIZER: leave it out": "LOCALIZER" not in texts(ds, "ImageType"),
         "NumberOfFrames (0028,0008): multi-frame, split it into slices": not frames > 1,
         "SOPClassUID (0008,0016): enhanced CT, split into slices": ds.get("SOPClassUID") not in ENHANCED_CT,
-        "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, remove the file": grey,
-        "SOPClassUID (0008,0016): secondary capture, a picture of a screen: remove it": not captured,
-        "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": min(rows, columns) >= 1,
+        "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, leave it out": grey,
+        "SOPClassUID (0008,0016): secondary capture, a screen or a dose report: leave it out": not captured,
+        "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": rows >= 1 and columns >= 1,
         f"Rows x Columns (0028,0010/0011) claim {size} pixels: no CT slice": max(rows, columns) <= MAX_SIDE,
         "PixelRepresentation (0028,0103) is not 0 or 1, sign unknown: export it again": known_sign,
         "BitsStored (0028,0101) is absent or wrong: export it again": 1 <= stored <= allocated <= 32,
         "HighBit (0028,0102) is not BitsStored (0028,0101) - 1: export it again": high == stored - 1,
         f"RescaleIntercept (0028,1052) is absent or no number: {no_hu}": math.isfinite(intercept),
         f"RescaleSlope (0028,1053) is absent, 0 or no number: {no_hu}": math.isfinite(slope) and slope != 0,
-        f"RescaleType (0028,1054) is {unit}, a map: remove the file": unit not in OTHER_UNITS,
+        f"RescaleType (0028,1054) is {unit}, a map without HU: leave it out": unit not in OTHER_UNITS,
     }
     for fault, fine in fits.items():
         if not fine:
@@ -651,7 +651,7 @@ def check_inflated_size(path: Path) -> None:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         size = len(inflater.decompress(file.read(MAX_DATASET), MAX_DATASET))
     if size == MAX_DATASET:
-        raise UnsuitableFile(f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, remove the file")
+        raise UnsuitableFile(f"deflated data of over {MAX_DATASET >> 20} MB: no CT slice, leave it out")
     if not inflater.eof:
         raise UnsuitableFile("truncated, the deflated data have no end: export it again")
 
@@ -659,7 +659,7 @@ def check_inflated_size(path: Path) -> None:
 def read_dicom(path: Path) -> Dataset:
     """Read one DICOM file, also without preamble (PS3.10 7.1), and check that it is a CT slice."""
     if not path.is_file():
-        raise UnsuitableFile("no regular file, or gone since the run began: remove it or run again")
+        raise UnsuitableFile("no regular file, gone meanwhile, or too long a path for Windows: leave it out")
     with refusing("not DICOM or damaged", "export it again"):
         try:
             check_inflated_size(path)
@@ -671,7 +671,7 @@ def read_dicom(path: Path) -> Dataset:
     if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
         cut = "truncated, it ends within its header or pixels"
         what = cut if getattr(ds, "file_meta", None) else "not DICOM"
-        raise UnsuitableFile(f"{what}: export it again, or remove it")
+        raise UnsuitableFile(f"{what}: export it again, or leave it out")
     with refusing("damaged header", "export it again"):
         if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
             # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
@@ -851,12 +851,14 @@ def process(task: Task, settings: Settings) -> dict:
         except UnsuitableFile as err:
             row = {"status": "failed", "reason": str(err)}
         except FileNotFoundError:  # its folder was just made: so Windows refuses 260 characters or more
-            reason = "the path of its picture is too long: name a shorter --output"
+            reason = "the path of its picture is too long: give a shorter --output"
             row = {"status": "failed", "reason": reason}
         except (MemoryError, cv2.error) as err:
             if isinstance(err, cv2.error) and err.code != cv2.Error.StsNoMem:
                 raise
-            reason = f"takes over {MEMORY_LIMIT >> 30} GB of memory: export it again"
+            reason = (
+                f"needs over {MEMORY_LIMIT >> 30} GB of memory, or none is left: lower --jobs or leave it out"
+            )
             row = {"status": "failed", "reason": reason}
     said = {one_line(str(w.message).replace(str(task.path), "...")) for w in caught}  # names no folder
     return row | {"warnings": "; ".join(sorted(said))}
@@ -962,7 +964,7 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
         source, target, label, path = (
             name.encode(errors="backslashreplace").decode().replace("\r", r"\r") for name in names
         )
-        unfit = "its name is not valid Unicode, or has a carriage return: rename it"
+        unfit = "its path is not valid Unicode, or has a carriage return: rename it"
         refusal = found.refusal if path == names[-1] else unfit
         image, name = free_name(target, source, lambda name: any(ledger.execute(taken, (name,))))
         ledger.execute(
@@ -975,7 +977,7 @@ def list_inputs(ledger: sqlite3.Connection, inputs: Iterable[Input], output: Pat
         if refusal:
             record(ledger, source, {"status": "failed", "reason": refusal})
     if not count_files(ledger, "folded IS NOT NULL"):
-        raise UsageError("there is no file to convert: put slices there; what earlier runs made stays")
+        raise UsageError("no file to convert: put slices into TrainingData/<class>/; earlier pictures stay")
     ledger.execute("DELETE FROM files WHERE folded IS NULL")
     stale = ledger.execute(
         "SELECT image FROM earlier WHERE image NOT IN (SELECT image FROM files WHERE path != '')"
@@ -1044,7 +1046,7 @@ def write_manifest(ledger: sqlite3.Connection, output: Path) -> None:
 # ---------------------------------------- many files: processes here, or a Dask cluster
 
 Outcomes = Iterator[tuple[Task, dict]]  # a task with its manifest fields
-CRASHED = "its decoder crashed, hung or took too much memory: damaged, export it again, uncompressed"
+CRASHED = "it crashed, hung, took too much memory or was killed: run again, or export it again, uncompressed"
 
 
 def bounded(submit: Callable, tasks: Iterable, ahead: int, waiting, crash, alive=lambda: True) -> Outcomes:
@@ -1149,7 +1151,8 @@ def on_dask(tasks: Iterable[Task], settings: Settings, address: str) -> Outcomes
         threads = [worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
         if not threads or max(threads) > 1:
             start = "dask worker ADDRESS --nthreads 1 --nworkers N"
-            raise UsageError(f"the Dask workers need one thread each: {start}")
+            wrong = "has workers with several threads" if threads else "has no workers"
+            raise UsageError(f"the Dask scheduler {wrong}, start some with one thread each: {start}")
         executor = client.get_executor(pure=False)  # not left by with: that would wait for lost workers
         workers = client.scheduler.ncores
 
@@ -1303,9 +1306,9 @@ def print_classes(ledger: sqlite3.Connection) -> None:
     )
     missing = [label for label in CLASSES if label not in counts]
     if missing and set(counts) & set(CLASSES[1:]):  # healthy alone: another question, bleed or none
-        print(f"note: no training slice of {', '.join(missing)}")
+        print(f"note: no usable training slice of {', '.join(missing)}; the others can be compared")
     if len(counts) == 1:
-        print("note: one class is nothing to compare; put slices of another into TrainingData/<its name>/")
+        print("note: only one class has usable slices; to compare, put another into TrainingData/<its name>/")
 
 
 def print_report(ledger: sqlite3.Connection, written: int) -> int:
@@ -1316,12 +1319,12 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
     if failed > FAILED_SHOWN:
         print(f"failed: {failed - FAILED_SHOWN} more, see manifest.csv", file=sys.stderr)
     several = "study != '' GROUP BY study HAVING count(DISTINCT nullif(patient, '')) > 1"
-    apart = "in studies of several PatientIDs: a patient of several is on both sides of a split, give it one"
+    apart = "in studies of several PatientIDs: one person of several may be on both sides of a split"
     notes = {
         "without a usable window in the header, shown in the brain window": "window_source = 'default'",
-        "with the 12-bit wrap, repaired": "hu_repaired = '1'",
-        "blank, or nearly so": "blank = '1'",
-        "without PatientID, which makes all results slice-level: give them one": "status = 'ok' AND patient = ''",
+        "with 12-bit values that had wrapped, repaired": "hu_repaired = '1'",
+        "blank, or nearly so: not trained on": "blank = '1'",
+        "without PatientID: any of them in training makes all results optimistic": "status = 'ok' AND patient = ''",
         apart: f"study IN (SELECT study FROM files WHERE {several})",
         "with warnings, see manifest.csv": "warnings != ''",
     }
@@ -1414,7 +1417,7 @@ def find_inputs(raw_data: Path) -> Iterator[Input]:
         unused.discard(image)
         yield Input(source, path, source, "test", test_labels.get(image, ""), refusal_of_path(path, root))
     if unused:
-        print(f"note: {len(unused)} rows of TestingData_labels.csv name no file, such as {min(unused)!r}")
+        print(f"note: {len(unused)} rows of TestingData_labels.csv match no file, such as {min(unused)!r}")
 
 
 def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
@@ -1434,7 +1437,7 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
     wrong = sorted({label for _, label in pairs if folded(label) not in classes})
     if wrong or not all(image for image, _ in pairs):
         known = ", ".join(class_order(classes.values()))
-        raise UsageError(f"{path} needs the columns image,label and labels of {known}; found {wrong}")
+        raise UsageError(f"{path} needs in each row an image and a label of {known}; found {wrong}")
     labels = {without_dcm(image): classes[folded(label)] for image, label in pairs}
     twice = [image for image, label in pairs if labels[without_dcm(image)] != classes[folded(label)]]
     if twice:
@@ -1459,7 +1462,7 @@ def find_rsna_files(rsna: Path) -> tuple[Path, dict[str, Path]]:
                 paths = (Path(entry) for entry in os.scandir(folder) if entry.is_file())
                 return top / "stage_2_train.csv", {p.stem: p for p in paths if p.suffix == ".dcm"}
     beside = "no stage_2_train.csv beside stage_2_train_images/"
-    raise UsageError(f"{rsna} has {beside}: unpack the download there")
+    raise UsageError(f"{rsna} has {beside}: unpack the download there, or give the folder of both")
 
 
 def read_rsna_labels(path: Path, files: set[str], by: str):
@@ -1489,7 +1492,7 @@ def read_rsna_labels(path: Path, files: set[str], by: str):
     count = complete[subtypes].sum(axis=1)
     healthy, bleed = RSNA_CLASSES["any"]
     if by == "any":
-        usable, why_not = complete["any"] == (count > 0), "slices whose any contradicts their subtypes"
+        usable, why_not = complete["any"] == (count > 0), "slices whose row 'any' contradicts their subtypes"
     else:
         usable, why_not, bleed = count <= 1, "slices with several subtypes", complete.idxmax(axis=1)
     chosen = pd.DataFrame({"label": np.where(count > 0, bleed, healthy), "subtypes": count})[usable]
@@ -1555,12 +1558,12 @@ def find_rsna_inputs(args: argparse.Namespace) -> list[Input]:
     pool["patient"] = [read_patient_id(paths[name]) for name in tqdm(pool["slice"], "patients", disable=None)]
     left_out["slices without a readable PatientID"] = nameless = int((pool["patient"] == "").sum())
     chosen = choose_slices(pool[pool["patient"] != ""], quotas["train"], quotas["test"], args.seed)
-    left_out["slices of one class, not needed"] = len(labels) - len(chosen) - nameless
+    left_out["usable slices that were not chosen"] = len(labels) - len(chosen) - nameless
     print_rsna_table(classes, labels, chosen, quotas)
     for reason, number in left_out.items():
         print(f"left out: {number} {reason}")
     if chosen.empty:
-        raise UsageError(f"no slice of {rsna} can be used, the table above says why")
+        raise UsageError(f"no slice of {rsna} can be used: the lines above say why")
     inputs = []
     for name, label, split in chosen[["slice", "label", "split"]].itertuples(index=False):
         folder = f"TrainingData/{label}" if split == "train" else "TestingData"
@@ -1615,7 +1618,7 @@ def variant_names(text: str) -> list[str]:
 def whole_number(text: str, smallest: int = 1) -> int:
     """Parse a whole number, the smallest or more, of 32 bits, as NumPy's seeds are."""
     if not text.isdecimal() or not smallest <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {2**32 - 1}")
     return int(text)
 
 
@@ -1636,7 +1639,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
     add("--variants", choice, [list(VARIANTS)], f"the first {len(VARIANTS)}", type=variant_names, nargs="+")
     add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
-    window = "window of ROI and window: brain (40,80), header (the file's own), or C,W in HU; =C,W if C < 0"
+    window = "window that ROI shows: brain (40,80), header (the file's own), or centre,width in HU, such as =-20,90"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
     add("--rsna", "Kaggle's unpacked RSNA-2019 download as the input", None, "off", type=Path, metavar="DIR")
@@ -1644,15 +1647,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rsna-labels", f"classes of --rsna, {both}", "subtype", choices=RSNA_CLASSES)
     add("--per-class", "training slices of each class, with --rsna", 1000, type=whole_number, metavar="N")
     add("--test", "testing slices, all classes together, with --rsna", 600, type=zero_or_more, metavar="N")
-    add("--seed", "of the choice of slices, with --rsna", 0, type=zero_or_more)
+    add("--seed", "seed of the random choice of slices, with --rsna", 0, type=zero_or_more)
     add("--dask", "send the work to the Dask scheduler at this address", None, "off", metavar="ADDRESS")
     args = parser.parse_args(argv)
     args.input = args.rsna or args.raw_data
     args.variants = list(dict.fromkeys(chain.from_iterable(args.variants)))
     if args.rsna and 0 < args.test < (fewest := len(RSNA_CLASSES[args.rsna_labels])):
-        parser.error(f"--test {args.test} is less than one slice a class: name 0, or {fewest} or more")
+        parser.error(f"--test {args.test} is less than one slice a class: give 0, or {fewest} or more")
     if not args.rsna and not any((args.raw_data / s).is_dir() for s in ("TrainingData", "TestingData")):
-        remedy = "put the slices there, or name the folder that holds them with --raw-data"
+        remedy = "put the slices there, or give the folder that holds them as --raw-data"
         parser.error(f"{args.raw_data} has neither TrainingData/<class>/ nor TestingData/: {remedy}")
     return args
 
@@ -1668,7 +1671,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 2
     except (OSError, sqlite3.OperationalError) as err:  # of the output or the input folder, not of one file
-        print(f"error: stopped, {err}; {go_on}", file=sys.stderr)
+        held = ": close it in other programs, or check the permissions" * isinstance(err, PermissionError)
+        print(f"error: stopped, {err}{held}; {go_on}, once this is mended", file=sys.stderr)
         return 1
     except sqlite3.DatabaseError:
         print(f"error: {args.output / '.ledger.sqlite3'} {DAMAGED}", file=sys.stderr)

@@ -148,7 +148,7 @@ def check_checkpoint(device: torch.device) -> Verdict:
             same_chance &= float(torch.rand(1, device=device)) == drawn
             train_step(other, *batch, 1e-3)
             apart.append(difference(trainer, other))
-    says = f"weights {max(apart):.1e} apart a step later, whichever levers wrote and read it; same random numbers"
+    says = f"weights {max(apart):.1e} apart a step later, whichever settings of speed wrote it; same random numbers"
     return max(apart) < 5e-5 and same_chance, says if same_chance else says.replace("same", "OTHER")
 
 
@@ -177,6 +177,7 @@ def check_profile(device: torch.device, profile: str) -> Verdict:
     pace = pace_on_gpu(settings, device, channels_last=True)
     fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
     says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
+    says += "; the GPU waits for pictures: raise workers" * (pace.load >= pace.train)
     return pace.load < pace.train, says
 
 

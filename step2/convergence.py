@@ -46,7 +46,7 @@ def still_learning(convergence: pd.DataFrame) -> list[str]:
 
 
 def convergence_lines(convergence: pd.DataFrame) -> list[str]:
-    """Return a sentence for each variant, and for each run that got stuck."""
+    """Return a sentence for each variant, and for each run that got stuck: most others of its variant converged."""
     learning, epochs = still_learning(convergence), convergence["epochs"].iloc[0]
     lines = []
     for name, runs in convergence.groupby("variant", sort=False):
@@ -56,5 +56,5 @@ def convergence_lines(convergence: pd.DataFrame) -> list[str]:
         lines.append(f"{name}: {state} ({fits})")
     for run in convergence[convergence["stuck"]].itertuples():
         who = f"{run.variant}{' (control)' * bool(run.control)}"
-        lines.append(f"{who}, repeat {run.repeat}, fold {run.fold} got stuck, other runs did not")
+        lines.append(f"{who}, repeat {run.repeat}, fold {run.fold} did not converge, most others did")
     return lines

@@ -58,11 +58,11 @@ def train_all(comparison: Comparison, ends: float = math.inf) -> Comparison:
     missing = [run for run in waiting if not is_complete(comparison, run)]
     gone = ended - (len(waiting) - len(missing))
     if gone > 0:
-        lost = f"{gone} runs ended, but are not whole in {comparison.settings.results}"
-        raise RuntimeError(f"{lost}: was it moved or emptied? Mend that, and run the notebook again")
+        lost = f"{gone} runs were trained, but {comparison.settings.results} lacks their files"
+        raise RuntimeError(f"{lost}: was it moved or emptied? Put it back, and run the notebook again")
     whole = whole_part(comparison, missing)
     if part := part_in_words(whole):
-        print(f"the time is over: what follows is about {part} alone; run the notebook again for the rest")
+        print(f"max_hours is over: what follows is about {part} alone; run the notebook again for the rest")
     return whole
 
 
@@ -93,7 +93,7 @@ def train_here(comparison: Comparison, waiting: list[Run], progress: "Progress",
 def train_on_worker(comparison: Comparison, run: Run, ends: float) -> dict[str, Any]:
     """Train a run in a Dask worker, and tell the notebook how far it is twice a second."""
     same = comparison.code == LOADED
-    require(same, "this worker has another version of step2/: start the workers again")
+    require(same, "this worker has another version of step2/: restart the kernel, and a cluster's workers")
     settings = comparison.settings
     needed = settings.data / "manifest.csv", weights_note(settings)
     unseen = " nor ".join(str(path) for path in needed if not path.is_file())
@@ -230,7 +230,7 @@ def train_on(
                 lost = "all Dask workers are gone" if client.status == "running" else "the scheduler is gone"
                 again = "start them again, and run again: at most two epochs of each run are lost"
                 advice = again if comparison.settings.cluster else FOR_MEMORY
-                raise RuntimeError(f"{lost} for {PATIENCE_S} s, {advice}")
+                raise RuntimeError(f"{lost}, for over {PATIENCE_S} s: {advice}")
             progress.show()
             time.sleep(0.5)  # more often would take a tenth of a core from the training
     finally:
@@ -256,7 +256,7 @@ def result_of(future: Future, run: Run) -> dict[str, Any]:
     try:
         return future.result()
     except KilledWorker as err:
-        killed = f"the system killed its worker {err.allowed_failures + 1} times"
+        killed = f"its worker process died {err.allowed_failures + 1} times"
         raise RuntimeError(f"{run}: {killed}, {FOR_MEMORY}") from err
 
 

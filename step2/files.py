@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
 from contextlib import suppress
@@ -30,15 +29,16 @@ def write_content(path: Path, *parts: bytes) -> None:
             file.writelines(parts)
         put_in_place(temporary, path)
     except PermissionError as err:  # on Windows also where Excel shows the file
-        text = f"{path} could not be written: close it in other programs, or allow it, and run again"
+        text = f"{path} could not be written: close it in other programs, or let it be written, and run again"
         raise PermissionError(err.errno, text) from err
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-            text = f"{path} could not be written ({err.strerror}): is its folder still there? Then run again"
+            text = f"{path} could not be written ({err.strerror}): folder gone, or path too long? Mend it and run again"
             raise OSError(err.errno, text) from err
         temporary.unlink(missing_ok=True)
-        lacks = f"it needs {sum(map(len, parts)):,}, {shutil.disk_usage(path.parent).free:,} bytes are free"
-        text = f"the disk is full, {path} could not be written ({lacks}): free some space there and run again"
+        full = "the disk is full" if err.errno == errno.ENOSPC else "your disk quota is used up"
+        needs = f"it needs {sum(map(len, parts)):,} bytes"
+        text = f"{full}, {path} could not be written ({needs}): free some space there and run again"
         raise OSError(errno.ENOSPC, text) from err
     finally:
         with suppress(OSError):  # of a disk that can't be written to any more

@@ -20,7 +20,8 @@ def make_folds(slices: pd.DataFrame, folds: int, seed: int) -> np.ndarray:
     parts = folds if folds > 1 else max(min(5, fewest), 2)
     advice = f"set folds to {fewest}, or " if 1 < fewest < folds else ""
     more = f"put more into TrainingData/{rarest}/, or take that folder away, and run Step1_Image_Preprocessing.py"
-    lacks = f"{rarest} has {fewest} patient{'s' * (fewest > 1)} for {parts} folds"
+    needs = f"{parts} folds" if folds > 1 else "a split, which needs two"
+    lacks = f"{rarest} has {fewest} patient{'s' * (fewest > 1)} for {needs}"
     one = "; if an export gave all patients one PatientID, give each its own" * (fewest == 1)
     require(fewest >= parts, f"{lacks}: {advice}{more}{one}")
     shuffles, person = [], pd.factorize(slices["patient"])[0]  # as pseudonyms differ between output folders

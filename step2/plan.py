@@ -148,16 +148,17 @@ def plan_in_words(
     if hours > A_DAY:
         trained += f": {hours / A_DAY:.1f} days; think of fewer slices, folds, or another profile"
     limit, advice = session or SESSION_H, "" if session else "set max_hours, and "
-    ends = f"where a session ends after {limit:g} hours, that is {math.ceil(hours / limit)} of them, and "
-    ends += f"{hours / WEEK_H:.1f} weeks of {WEEK_H} GPU hours: {advice}start again each time"
+    ends = f"where a session ends after {limit:g} hours, that is {math.ceil(hours / limit)} of them (of Kaggle's "
+    ends += f"{WEEK_H} GPU hours a week, {hours / WEEK_H:.1f} weeks): {advice}run again each time, it goes on"
     too_large = "a single slice doesn't fit in the GPU's memory: lower image_size or choose another profile"
     in_parts = f"memory holds {part} of a batch's {batch} slices: it is taken in parts"
-    waits = "loading pictures takes longer than training: raise workers"
+    waits = "loading pictures takes longer than training: raise the parameter workers"
     needs = f"each process needs {row['memory_gb']:.1f} GB of memory and has {memory / 1e9:.1f}"
-    full = f"results take {row['disk_gb']:.1f} GB, and {disk / 1e9:.1f} GB are free: make room first"
+    full = f"results take {row['disk_gb']:.1f} GB, and there is room for {disk / 1e9:.1f} GB: make more first"
+    again = ", and training again moves accuracy by 1 point" * bool(row["folds"] * row["repeats"] > 1)
     found = f"a difference of {finds:.1f} points in accuracy would be found in 8 of 10 such comparisons "
-    found += "(if two variants differ on a fifth of the slices, and a retraining moves accuracy by 1 point)"
-    alone = "* a single split can't tell what training again would move: this is for its networks alone"
+    found += f"(if two variants differ on a fifth of the slices{again})"
+    alone = "* a single split can't tell how much trainings differ: this is for its networks alone"
     said = {
         trained: True,
         ends: hours > limit,
@@ -166,7 +167,7 @@ def plan_in_words(
         waits: row["trained_per_s"] > row["loaded_per_s"],
         f"{needs}: lower processes or batch_size": row["memory_gb"] * 1e9 > memory,
         full: row["disk_gb"] * 1e9 > disk,
-        "so few patients, or a single variant, could show no difference": np.isnan(finds),
+        "with so few patients, or a single variant, no difference could be found": np.isnan(finds),
         found: not np.isnan(finds),
         alone: (table["detectable"].notna() & (table["folds"] * table["repeats"] == 1)).any(),
     }
@@ -201,13 +202,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="where plan.csv goes")
     parser.add_argument("--variants", default=None, help="such as 0,1,4 or all (default: the seven)")
     parser.add_argument("--slices", type=int, help="plan for so many instead of those in --data")
-    parser.add_argument("--patients", type=int, help="of whom they are (default: half as many)")
+    parser.add_argument("--patients", type=int, help="their patients (default: half as many)")
     parser.add_argument("--gpu", type=str.upper, choices=GPUS, help="one that is not here")
     args = parser.parse_args()
     if args.patients and not args.slices:
-        parser.error("--patients says whose slices they are: name --slices too")
+        parser.error("--patients needs --slices too")
     if args.patients and args.patients > args.slices:
-        parser.error(f"{args.patients} patients of {args.slices} slices: each has one at least")
+        parser.error(f"{args.patients} patients of {args.slices} slices: each patient has at least one slice")
     try:
         gpus, memory = torch.cuda.device_count(), gpu_memory()
         if args.gpu:

@@ -190,11 +190,11 @@ def remove_damaged(comparison: Comparison) -> list[str]:
         if done and damaged and all(name.startswith("testing-") for name in damaged):
             done["files"] = {n: digest for n, digest in done["files"].items() if n not in damaged}
             write_json(folder / "done.json", done)
-            lines.append(f"{folder / damaged[0]} is damaged: TestingData is predicted again")
+            lines.append(f"{folder / damaged[0]} is damaged or missing: TestingData is predicted again")
         elif damaged:
             for name in [*(done or {"files": {}})["files"], "done.json"]:
                 (folder / name).unlink(missing_ok=True)
-            lines.append(f"{folder / damaged[0]} is damaged: this run is trained again")
+            lines.append(f"{folder / damaged[0]} is damaged or missing: this run is trained again")
         elif done:
             (folder / "checkpoint.pt").unlink(missing_ok=True)  # of a notebook killed at the very end
     return lines
@@ -306,7 +306,7 @@ def read_result(comparison: Comparison, run: Run, name: str) -> bytes:
 
 def refuse(path: Path) -> NoReturn:
     """Raise the ValueError that says how a file of a run is made again."""
-    raise ValueError(f"{path} is missing or damaged: run the cell that trains again, it will be made anew")
+    raise ValueError(f"{path} is missing or damaged: run the training cell again, which makes it anew")
 
 
 def load_last(comparison: Comparison, run: Run, network: torch.nn.Module) -> None:

@@ -30,7 +30,7 @@ def whole_part(comparison: Comparison, missing: Collection[Run]) -> Comparison:
         count = len(comparison.runs)
         done = f"{count - len(missing)} of {count} runs are trained, no whole fold"
         advice = "run the notebook again, it goes on after each run's last whole epoch"
-        raise RuntimeError(f"the time is over, {done}: {advice}; raise max_hours where not even one ended")
+        raise RuntimeError(f"max_hours is over, {done}: {advice}; raise max_hours if not one epoch ended")
     return replace(comparison, only=tuple(kept))
 
 

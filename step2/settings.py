@@ -24,7 +24,7 @@ FolderPath = Annotated[Path, Strict(False)]  # text will do
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple)]
 
 FULL_NEEDS = 23e9  # bytes of GPU memory, what a card sold as 24 GB has; a step of 8 slices takes 15.5e9
-AFTERWARDS = " Then restart the kernel, which knows the old name still"
+AFTERWARDS = " (and restart the kernel, which still knows the old name)"
 
 _TABLE: dict[str, tuple[Any, Any, Any]] = {  # parameter -> its value in full, in medium and in quick
     "model_name": ("efficientnet-b7", "efficientnet-b2", "efficientnet-narrow"),
@@ -54,11 +54,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    model_name: str = Field(pattern=r"^efficientnet-(b[0-8]|narrow)$", description="b0 to b8, or narrow")
+    model_name: str = Field(pattern=r"^efficientnet-(b[0-8]|narrow)$", description="-b0 to -b8, or -narrow")
     image_size: int = Field(ge=32, le=2048, description="pixels")
     epochs: int = Field(ge=1, le=10_000, description="passes over the training slices")
     batch_size: int = Field(ge=4, le=4096, description="batch norm needs some slices at a time")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="any will do")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="any such number will do")
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     schedule: Literal["steps", "one cycle"]
     rates: Rates = Field(min_length=1, description="of equal parts, or the cycle's peak")
@@ -131,7 +131,7 @@ def read_settings(
     peaks = f"rates = {settings.rates}: one cycle has one peak, set one rate, or schedule to 'steps'"
     require(one_peak, peaks)
     known_weights = settings.weights in ("auto", "imagenet", "none") or Path(settings.weights).is_file()
-    choice = "no such file; or choose of auto, imagenet, none"
+    choice = "there is no such file: correct the path, or choose one of auto, imagenet, none"
     require(known_weights, f"weights = {settings.weights!r}: {choice}")
     return settings
 
@@ -139,11 +139,13 @@ def read_settings(
 def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]:
     """Return the profile and why: the wanted one, or of "auto" what this machine can train."""
     names = ("auto", *PROFILES)
-    require(wanted in names, f"profile = {wanted!r}: choose of {', '.join(names)}")
+    require(wanted in names, f"profile = {wanted!r}: choose one of {', '.join(names)}")
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:
-        unseen = "nvidia-smi is here, but PyTorch sees no GPU: if there is one, install a PyTorch built for its driver"
+        unseen = (
+            "there is an NVIDIA driver, but PyTorch sees no GPU: if there is one, install PyTorch for CUDA"
+        )
         return "quick", unseen if shutil.which("nvidia-smi") else "there is no CUDA GPU"
     has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
     if gpu_memory < FULL_NEEDS:
@@ -155,8 +157,9 @@ def _sentence(wrong: dict[str, Any]) -> str:
     """Return what pydantic found wrong in a sentence that says what to do."""
     name = str(wrong["loc"][0])
     if wrong["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"choose of {', '.join(Settings.model_fields)}"
+        known = [parameter for parameter in Settings.model_fields if parameter not in ("why", "gpus")]
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
         return f"{name} is no parameter of this notebook: {advice}{AFTERWARDS * is_watched()}"
     if wrong["type"] == "path_type":
         return f"{name} = {wrong['input']!r}: set the path of a folder, as text"

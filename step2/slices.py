@@ -52,7 +52,7 @@ class Slices:
         lines = [] if self.patient_level else [optimistic]
         if (scored == "").any():
             lines.append(
-                "some labelled slices of TestingData have no patient: their test is slice-level, optimistic"
+                "some labelled slices of TestingData have no PatientID: their test is slice-level, optimistic"
             )
         shared = f"patients in both TrainingData and TestingData: {both}, so the test is optimistic"
         unknown_to_networks = self.testing["label"][~self.testing["label"].isin(["", *self.classes])]
@@ -80,7 +80,8 @@ def read_slices(data: Path) -> Slices:
     require((train["label"] != "").all(), f"{path} has training slices without a label: {AGAIN}")
     classes = order_classes(train["label"])
     alone = f"all usable slices of TrainingData are {classes[0]}: put those of another class into a folder"
-    require(len(classes) > 1, f"{alone} beside TrainingData/{classes[0]}/ and {AGAIN}")
+    why = f"beside TrainingData/{classes[0]}/, or see in {path} why others were refused"
+    require(len(classes) > 1, f"{alone} {why}, and {AGAIN}")
     named = set(rows.loc[rows["split"] == "train", "label"]) - {""}
     known = bool((train["patient"] != "").all())
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
@@ -101,7 +102,8 @@ def _read_rows(path: Path) -> pd.DataFrame:
         rows[column] = rows.get(column, "")
     for column, words in (("status", {"ok", "failed"}), ("split", {"train", "test"})):
         wrong = sorted(set(rows[column]) - words)
-        require(not wrong, f"{path}: {column} is {wrong}, neither of {sorted(words)}: {AGAIN}")
+        what = f"{column} is {wrong}, neither of {sorted(words)}" if any(wrong) else "Step 1 was stopped"
+        require(not wrong, f"{path}: {what}: {AGAIN}")
     twice = rows.loc[(rows["image"] != "") & rows["image"].duplicated(), "image"]
     require(twice.empty, f"{path} has more than one row for {list(twice[:3])}: {AGAIN}")
     return rows
@@ -139,7 +141,7 @@ def copies_in_words(slices: Slices, folder: Path) -> list[str]:
     rows = rows[rows["picture"].isin(rows["picture"].iloc[: len(slices.training)])]
     whose = (rows["patient"] + "\0" + rows["label"]).groupby(rows["picture"]).transform("nunique")
     images = list(rows.loc[whose > 1, "image"])
-    advice = f"a copy flatters, or contradicts itself; keep one of each, and {AGAIN}"
+    advice = f"copies make results too good, or contradict each other; keep one of each, and {AGAIN}"
     listed = f"{len(images)} pictures occur under more than one patient or class, such as {images[:2]}"
     return [f"{listed}: {advice}"] if images else []
 

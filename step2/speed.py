@@ -110,14 +110,14 @@ def measure_speed(settings: Settings, base: Speed, steps: int, device: torch.dev
             compiled, once = time_steps(settings, replace(best, compiled=True), device)
             pays = (fast - compiled) * parts > 2 * once  # compiled for this timing, and for the runs
             times = f"{compiled * 1e3:.0f} ms a step with, {fast * 1e3:.0f} without"
-            why_not = f"{times}, {once:.0f} s to get going"
+            why_not = f"{times}, {once:.0f} s to get going, for {steps} steps a process"
         except (RuntimeError, OSError, AssertionError) as err:
             why_not = f"it fails here ({type(err).__name__})"
         if not pays:
             with suppress(AssertionError):  # in a thread, before PyTorch 2.14
                 torch.compiler.reset()  # its CUDA graphs keep their memory
             torch.cuda.empty_cache()
-    reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}, for {steps} steps a process")
+    reasons.append(f"torch.compile {'on' if pays else 'off'}: {why_not}")
     return replace(best, compiled=pays, reasons=tuple(reasons))
 
 
@@ -173,8 +173,10 @@ def seconds_a_step(
 
 def why_not_compile(device: torch.device) -> str:
     """Return why torch.compile can't work here, '' where it can."""
-    if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):
-        return "there is no C compiler"
+    if sys.platform != "linux":
+        return "used on Linux alone"
+    if not (shutil.which("cc") or shutil.which("gcc")):
+        return "there is no C compiler, cc or gcc"
     return "" if device.type == "cpu" or has_triton() else "there is no Triton"
 
 

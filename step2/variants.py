@@ -74,7 +74,7 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
     chosen = []
     for text in asked:
         match = [name for name in known if text in (name, name.split("_")[0])]
-        require(match, f"variants: {text!r} unknown, choose of {', '.join(known)}, or their numbers")
+        require(match, f"variants: {text!r} unknown, choose one of {', '.join(known)}, or a number")
         require(len(match) == 1, f"variants: {text!r} may be {' or '.join(match)}: write the whole name")
         require(match[0] in found, f"{data / match[0]} has no TrainingData: {make} --variants {match[0]}")
         chosen.append(match[0])

@@ -304,6 +304,7 @@ REFUSED = {
     "intercept not finite": (changed(RescaleIntercept="inf"), "RescaleIntercept"),
     "sign unknown": (changed(PixelRepresentation=None), "PixelRepresentation"),
     "HighBit": (changed(HighBit=11), "HighBit"),
+    "no columns": (changed(Columns=None), "Columns (0028,0011) is absent or 0"),
     "impossible HU": (changed(RescaleSlope=1000), "20,000 HU"),
     "no pixels": (changed(PixelData=None), "PixelData"),
     "float pixels": (float_pixels, "float"),
@@ -643,7 +644,7 @@ def test_names_of_any_bytes_cost_at_most_themselves(raw):
     assert run(raw) == 1
     failed = [row for row in rows_of(raw).values() if row["status"] == "failed"]
     assert [row["reason"] for row in failed] == [
-        "its name is not valid Unicode, or has a carriage return: rename it"
+        "its path is not valid Unicode, or has a carriage return: rename it"
     ]
     assert len(pngs_of(raw)) == 18 * 7
 
@@ -654,7 +655,7 @@ def test_class_folder_of_any_bytes_costs_its_own_slices_alone(raw):
     (raw / "TrainingData" / "new").rename(raw / "TrainingData" / os.fsdecode(b"\xff"))
     assert run(raw) == 1
     rows = rows_of(raw)
-    assert rows["b.dcm"]["reason"] == "its name is not valid Unicode, or has a carriage return: rename it"
+    assert rows["b.dcm"]["reason"] == "its path is not valid Unicode, or has a carriage return: rename it"
     assert [row["status"] for row in rows.values()].count("ok") == len(rows) - 1
 
 

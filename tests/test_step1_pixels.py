@@ -720,7 +720,7 @@ def test_png_of_colours_has_red_first():
     [
         (
             ("roi", "blur"),
-            r"^variant 8_Mine: no step 'blur': choose of roi, noblank, mask, .*, or add it to STEPS$",
+            r"^variant 8_Mine: no step 'blur': choose one of roi, noblank, mask, .*, or add it to STEPS$",
         ),
         (
             ("clahe", "roi"),

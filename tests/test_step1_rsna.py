@@ -277,7 +277,7 @@ def test_any_that_contradicts_the_subtypes_is_left_out_and_counted(small, capsys
     write_csv(small, [(i, swapped.get(i, value)) for i, value in read_csv(small)])
     rows = run(small, "--rsna-labels", "any", "--per-class", "10", "--test", "0")
     assert len(rows) == 8 and not rows["image"].str.contains("ID_a1|ID_b1").any()
-    assert "left out: 2 slices whose any contradicts their subtypes" in capsys.readouterr().out
+    assert "left out: 2 slices whose row 'any' contradicts their subtypes" in capsys.readouterr().out
 
 
 def test_label_file_without_any_row_of_any_is_a_usage_error(small, capsys):
@@ -301,7 +301,7 @@ def test_other_labels_move_the_pictures(small, capsys):
 def test_fewer_test_slices_than_classes_are_a_usage_error(small, capsys, labels, fewest):
     with pytest.raises(SystemExit):
         run(small, "--rsna-labels", labels, "--test", str(fewest - 1))
-    assert f"name 0, or {fewest} or more" in capsys.readouterr().err
+    assert f"give 0, or {fewest} or more" in capsys.readouterr().err
 
 
 def test_any_on_the_real_download_sample(real_ct, tmp_path, capsys):
@@ -385,4 +385,4 @@ def test_slices_without_a_patientid_are_left_out_and_counted(small, capsys):
     assert (rows["patient"] != "").all()
     said = capsys.readouterr().out
     assert "left out: 1 slices without a readable PatientID" in said
-    assert "left out: 0 slices of one class, not needed" in said
+    assert "left out: 0 usable slices that were not chosen" in said

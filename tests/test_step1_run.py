@@ -221,7 +221,7 @@ def test_test_labels_come_from_their_file(raw, capsys):
     run(raw)
     row = manifest(raw)["TestingData/t.dcm"]
     assert (row["split"], row["label"]) == ("test", "subarachnoid")
-    assert "name no file" not in capsys.readouterr().out
+    assert "match no file" not in capsys.readouterr().out
 
 
 def test_test_labels_are_read_as_excel_saves_them(raw):
@@ -250,7 +250,7 @@ def test_test_labels_match_whatever_the_case_of_dcm_and_with_spaces(raw):
 def test_test_labels_that_name_no_file_are_reported(raw, capsys):
     (raw / "TestingData_labels.csv").write_text("image,label\nu,healthy\n", encoding="utf-8")
     run(raw)
-    assert "1 rows of TestingData_labels.csv name no file, such as 'u'" in capsys.readouterr().out
+    assert "1 rows of TestingData_labels.csv match no file, such as 'u'" in capsys.readouterr().out
 
 
 def test_test_labels_in_another_encoding_are_a_usage_error(raw, capsys):
@@ -478,7 +478,8 @@ def test_usual_classes_keep_their_order_and_spelling_and_others_follow(tmp_path,
     assert classes_of(raw)["TrainingData/Epidural/a.dcm"] == "epidural"
     lines = capsys.readouterr().out.splitlines()
     assert "training slices (patients): healthy 1 (1), epidural 1 (1), abscess 1 (1), tumor 1 (1)" in lines
-    missing = "note: no training slice of intraparenchymal, intraventricular, subarachnoid, subdural"
+    missing = "note: no usable training slice of intraparenchymal, intraventricular, subarachnoid, subdural"
+    missing += "; the others can be compared"
     assert [line for line in lines if "intraparenchymal" in line] == [missing]
     assert preview_tiles(raw, 4, 7).any()
 
@@ -503,7 +504,7 @@ def test_single_class_is_converted_and_said(tmp_path, capsys):
     raw = make_classes(tmp_path / "raw", "stroke")
     assert run(raw) == 0
     assert len(pngs(raw)) == 7
-    assert "note: one class is nothing to compare; put slices of another" in capsys.readouterr().out
+    assert "note: only one class has usable slices; to compare, put another" in capsys.readouterr().out
 
 
 def test_class_whose_every_file_is_refused_counts_as_missing(raw, capsys):
@@ -511,7 +512,7 @@ def test_class_whose_every_file_is_refused_counts_as_missing(raw, capsys):
     assert run(raw) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "training slices (patients): subdural 1 (1), epidural 1 (1)" in lines
-    assert any(line.startswith("note: no training slice of healthy, ") for line in lines)
+    assert any(line.startswith("note: no usable training slice of healthy, ") for line in lines)
 
 
 def test_many_classes_are_counted_and_not_all_named(tmp_path, capsys):
@@ -945,7 +946,7 @@ def test_patients_of_each_class_are_counted_and_a_shared_patientid_shows(tmp_pat
     assert run(raw) == 0
     out = capsys.readouterr().out
     assert "training slices (patients): healthy 2 (1), bleed 2 (2)\n" in out
-    assert "no training slice of" not in out  # bleed or none is a question of its own
+    assert "training slice of" not in out  # bleed or none is a question of its own
 
 
 def test_study_of_several_patientids_is_said(raw, capsys):
@@ -982,6 +983,21 @@ def test_file_that_a_virus_scanner_holds_for_a_moment_ends_no_run(raw, monkeypat
     monkeypatch.setattr(step1.time, "sleep", lambda seconds: None)
     assert run(raw, "--variants", "0") == 0
     assert {".patient_key", "a.png", "preview.png", "manifest.csv"} <= set(tried)
+
+
+def test_manifest_that_excel_shows_is_said(raw, monkeypatch, capsys):
+    replace = Path.replace
+
+    def held(self, target):
+        if Path(target).name == "manifest.csv":
+            raise PermissionError(13, "Access is denied", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(step1.time, "sleep", lambda seconds: None)
+    assert run(raw, "--variants", "0") == 1
+    said = capsys.readouterr().err
+    assert "manifest.csv': close it in other programs" in said and "once this is mended" in said
 
 
 def test_picture_whose_path_is_too_long_for_windows_costs_its_file_alone(raw, monkeypatch):
@@ -1021,8 +1037,13 @@ def test_what_is_special_about_slices_is_counted_and_noted(raw, capsys):
     ct.save_as(folder / "long.dcm", enforce_file_format=True)
     assert run(raw) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: 1 ")]
-    assert [note.split(",")[0].removeprefix("note: 1 ") for note in notes] == [
-        *("without a usable window in the header", "with the 12-bit wrap", "blank", "without PatientID"),
+    assert [note.removeprefix("note: 1 ").partition(":")[0].partition(",")[0] for note in notes] == [
+        *(
+            "without a usable window in the header",
+            "with 12-bit values that had wrapped",
+            "blank",
+            "without PatientID",
+        ),
         "with warnings",
     ]
     repaired = [source for source, row in manifest(raw).items() if row["hu_repaired"] == "1"]
@@ -1145,4 +1166,4 @@ def test_file_that_goes_while_the_run_is_at_it_keeps_its_pictures(raw, monkeypat
     os.utime(path, (10**9, 10**9))
     monkeypatch.setattr(step1, "process", lambda *given: path.unlink() or process(*given))
     assert run(raw, "--variants", "0") == 1
-    assert "gone since the run began" in manifest(raw)["TestingData/t.dcm"]["reason"] and pngs(raw) == before
+    assert "gone meanwhile" in manifest(raw)["TestingData/t.dcm"]["reason"] and pngs(raw) == before

@@ -59,4 +59,4 @@ def test_a_run_that_got_stuck_is_named_and_its_variant_has_converged():
     lines = convergence_lines(table)
     assert lines[0].startswith("a: converged (training accuracy 100 %")
     assert lines[1].startswith("b: still learning after 20 epochs")
-    assert lines[2] == "a, repeat 1, fold 2 got stuck, other runs did not"
+    assert lines[2] == "a, repeat 1, fold 2 did not converge, most others did"

@@ -84,7 +84,8 @@ def test_words_name_another_order_by_auc():
     rows = [("a", "accuracy", 0.9), ("b", "accuracy", 0.8), ("a", "any_auc", 0.7), ("b", "any_auc", 0.8)]
     metrics = pd.DataFrame(rows, columns=["variant", "metric", "value"])
     endpoints = pd.DataFrame({"kind": ["factorial"], "endpoint": ["AUC"]})
-    words = "No variant was compared with 0_Dicom2PNG. By AUC the order differs from that by accuracy; best first: b, a."
+    words = "No variant was compared with 0_Dicom2PNG. "
+    words += "By AUC the order differs from that by accuracy; best first: b, a."
     assert endpoints_in_words(metrics, endpoints, CLASSES) == words
 
 

@@ -170,9 +170,7 @@ def test_worker_that_the_system_keeps_killing_is_explained():
         def result(self):
             raise KilledWorker("train", None, 3)
 
-    with pytest.raises(
-        RuntimeError, match=r"1_ROI .* the system killed its worker 4 times, most often for want"
-    ):
+    with pytest.raises(RuntimeError, match=r"1_ROI .* its worker process died 4 times, most often for want"):
         engine.result_of(Killed(), Run("1_ROI", 1, 1))
 
 
@@ -351,9 +349,7 @@ def test_worker_that_loaded_older_code_is_refused_though_it_was_sent_the_new(dat
     comparison = replace(make_comparison_for(data, tmp_path), code="of the new files")
     for module in (engine, runs):
         monkeypatch.setattr(module, "code_digest", lambda: comparison.code)
-    with pytest.raises(
-        ValueError, match="this worker has another version of step2/: start the workers again"
-    ):
+    with pytest.raises(ValueError, match="this worker has another version of step2/: restart the kernel"):
         engine.train_on_worker(comparison, comparison.runs[0], math.inf)
 
 
@@ -378,7 +374,7 @@ def test_results_that_vanish_are_not_taken_for_the_end_of_the_time(data, tmp_pat
     comparison = make_comparison_for(data, tmp_path / "r")
     done = {"accuracy": 0.5, "seconds": 1.0}
     monkeypatch.setattr(engine, "complete_run", lambda *given: done)  # and nothing is where it should be
-    with pytest.raises(RuntimeError, match=r"4 runs ended, but are not whole in .*moved or emptied"):
+    with pytest.raises(RuntimeError, match=r"4 runs were trained, but .*moved or emptied"):
         engine.train_all(comparison, ends)
 
 

@@ -83,6 +83,11 @@ def test_too_few_patients_get_a_sentence(patients, sentence):
         make_folds(some_slices(patients), 3, seed=0)
 
 
+def test_split_of_one_patient_gets_a_sentence():
+    with pytest.raises(ValueError, match="healthy has 1 patient for a split, which needs two: put more"):
+        make_folds(some_slices(dict.fromkeys(CLASSES, 1)), 1, seed=0)
+
+
 def test_one_patient_with_everything_is_refused():
     slices = some_slices(dict.fromkeys(CLASSES, 3)).assign(patient="the only one")
     with pytest.raises(ValueError, match="1 patient for 3 folds"):

@@ -134,14 +134,22 @@ def row(**changed):
     [
         ({}, r"40 runs train 72,000 pictures in about 30 minutes \(timed\)$"),
         ({"hours": 30.0}, r"about 30\.0 hours .*: 1\.2 days; think of fewer slices"),
-        ({"hours": 30.0}, r"^where a session ends after 12 hours, that is 3 of them, and 1\.0 weeks"),
+        (
+            {"hours": 30.0},
+            r"^where a session ends after 12 hours, that is 3 .* a week, 1\.0 weeks\)",
+        ),
         ({"at_a_time": 4}, "^memory holds 4 of a batch's 8 slices: it is taken in parts$"),
         ({"at_a_time": 0}, "^a single slice doesn't fit in the GPU's memory: lower image_size"),
-        ({"trained_per_s": 700.0}, "^loading pictures takes longer than training: raise workers$"),
-        ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and 2\.0 GB are free: make room first$"),
+        (
+            {"trained_per_s": 700.0},
+            "^loading pictures takes longer than training: raise the parameter workers$",
+        ),
+        ({"disk_gb": 3.0}, r"^results take 3\.0 GB, and there is room for 2\.0 GB: make more first$"),
         ({"memory_gb": 17.0}, r"^each process needs 17\.0 GB of memory and has 16\.0: lower processes"),
         ({"hours": 0.01}, r"^40 runs train 72,000 pictures in less than a minute \(timed\)$"),
-        ({"detectable": np.nan}, "^so few patients, or a single variant, could show no difference"),
+        ({"detectable": np.nan}, "^with so few patients, or a single variant, no difference could be found$"),
+        ({}, r"\(if two .* fifth of the slices, and training again moves accuracy by 1 point\)$"),
+        ({"folds": 1}, r"\(if two variants differ on a fifth of the slices\)$"),
         ({}, r"^a difference of 9\.0 points in accuracy would be found in 8 of 10"),
     ],
 )
@@ -235,7 +243,10 @@ def test_command_plans_for_the_variants_that_are_named(tmp_path, monkeypatch, va
     ("given", "sentence"),
     [
         (["--gpu", "T5", "--slices", "9"], "^2$"),
-        (["--profile", "huge", "--slices", "9"], "^profile = 'huge': choose of auto, full, medium, quick$"),
+        (
+            ["--profile", "huge", "--slices", "9"],
+            "^profile = 'huge': choose one of auto, full, medium, quick$",
+        ),
         (["--data", "nowhere"], "manifest"),
         (["--patients", "30"], "^2$"),
         (["--slices", "90", "--variants", "0,typo"], "'typo' is none of 0_Dicom2PNG"),
@@ -285,9 +296,7 @@ def test_other_profile_that_does_not_fit_on_this_gpu_is_a_row_and_no_crash(monke
 def test_what_a_single_split_finds_is_marked_as_of_its_networks_alone():
     rows = [row(), row(folds=1), row(folds=1, repeats=3), row(folds=1, detectable=np.nan)]
     assert list(plan_to_show(pd.concat(rows))["finds, points"]) == ["9.0", "9.0 *", "9.0", "-"]
-    assert plan_in_words(pd.concat(rows))[-1].startswith(
-        "* a single split can't tell what training again would move"
-    )
+    assert plan_in_words(pd.concat(rows))[-1].startswith("* a single split can't tell how much trainings")
     assert not plan_in_words(row())[-1].startswith("*")
 
 
@@ -325,7 +334,7 @@ def test_note_on_single_splits_needs_a_mark():
 
 def test_max_hours_that_is_set_is_not_asked_for():
     (said,) = [s for s in plan_in_words(row(hours=11.5), session=11) if "session" in s]
-    assert "set max_hours" not in said and said.endswith("start again each time")
+    assert "set max_hours" not in said and said.endswith("run again each time, it goes on")
 
 
 def test_plan_knows_how_unequal_patients_numbers_of_slices_are():

@@ -144,7 +144,7 @@ def test_three_sessions_end_with_the_tables_of_one(data, tmp_path, clock, undist
     assert [epochs_done(comparison, run) for run in comparison.runs] == [1] + [0] * 8
 
     part = engine.train_all(comparison, ends=clock[0] + 6.5 * EPOCH_S)
-    said = "the time is over: what follows is about 1 of 3 folds alone; run the notebook again for the rest"
+    said = "max_hours is over: what follows is about 1 of 3 folds alone; run the notebook again for the rest"
     assert said in capsys.readouterr().out
     assert [epochs_done(comparison, run) for run in comparison.runs] == [0] * 3 + [1] + [0] * 5
     whole = collect_predictions(undisturbed)

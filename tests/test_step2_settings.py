@@ -37,15 +37,15 @@ def data(tmp_path_factory):
         ),
         (
             {"model_name": "resnet"},
-            r"^model_name = 'resnet': should match .*efficientnet-.* \(b0 to b8, or narrow\)$",
+            r"^model_name = 'resnet': should match .*efficientnet-.* \(-b0 to -b8, or -narrow\)$",
         ),
         (
             {"weights": "nowhere.pt"},
-            "^weights = 'nowhere.pt': no such file; or choose of auto, imagenet, none$",
+            "^weights = 'nowhere.pt': there is no such file: correct the path, or choose one of auto, imagenet, none$",
         ),
         ({"mixed_precision": "fp8"}, "^mixed_precision = 'fp8': should be 'auto', 'bf16', 'fp16' or 'no'$"),
-        ({"profile": "fast"}, "^profile = 'fast': choose of auto, full, medium, quick$"),
-        ({"profile": 1}, "^profile = 1: choose of auto, full, medium, quick$"),
+        ({"profile": "fast"}, "^profile = 'fast': choose one of auto, full, medium, quick$"),
+        ({"profile": 1}, "^profile = 1: choose one of auto, full, medium, quick$"),
         ({"control_run": "false"}, "^control_run = 'false': should be a valid boolean$"),
         ({"cluster": "nowhere"}, r"^cluster = 'nowhere': should match pattern .*tcp://scheduler:8786"),
         ({"data": 5}, "^data = 5: set the path of a folder, as text$"),
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
         ({"dataset": 5}, "^dataset = 5: should be a valid string$"),
         ({"weights": 5}, r"^weights = 5: should be a valid string \(imagenet, none, auto, or a file\)$"),
         ({"epoch": 3}, r"^epoch is no parameter of this notebook: did you mean epochs\?$"),
-        ({"quux": 3}, "^quux is no parameter of this notebook: choose of model_name, image_size, "),
+        ({"quux": 3}, "^quux is no parameter of this notebook: choose one of model_name, image_size, "),
     ],
 )
 def test_wrong_parameter_gets_a_sentence(given, sentence):
@@ -165,17 +165,17 @@ def test_one_variant_is_chosen_by_name_or_number(data, wanted):
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ("0,12", "^variants: '12' unknown, choose of 0_Dicom2PNG"),
+        ("0,12", "^variants: '12' unknown, choose one of 0_Dicom2PNG"),
         ("0,7", r"7_Window has no TrainingData: run Step1_Image_Preprocessing\.py --variants 7_Window$"),
-        ("", "^variants: '' unknown, choose of 0_Dicom2PNG"),
+        ("", "^variants: '' unknown, choose one of 0_Dicom2PNG"),
         ([], "^variants: the list is empty"),
         (
             "2",
             r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --variants 2_ROI\+CLAHE$",
         ),
-        (0.4, r"^variants: '0\.4' unknown, choose of 0_Dicom2PNG, .*, or their numbers$"),
-        ([0.4], r"^variants: '0\.4' unknown, choose of 0_Dicom2PNG"),
-        (True, "^variants: 'True' unknown, choose of 0_Dicom2PNG"),
+        (0.4, r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG, .*, or a number$"),
+        ([0.4], r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG"),
+        (True, "^variants: 'True' unknown, choose one of 0_Dicom2PNG"),
     ],
 )
 def test_wrong_variants_get_a_sentence(data, wanted, sentence):

@@ -61,6 +61,12 @@ def test_unknown_word_is_named(manifest, tmp_path, column, word):
         read_instead(tmp_path, manifest)
 
 
+def test_manifest_of_a_step_1_that_was_stopped_is_known_as_such(manifest, tmp_path):
+    manifest.loc[5:, "status"] = ""
+    with pytest.raises(ValueError, match=r"manifest\.csv: Step 1 was stopped: run Step1"):
+        read_instead(tmp_path, manifest)
+
+
 def test_training_slice_without_a_label_is_refused(manifest, tmp_path):
     manifest.loc[5, "label"] = ""
     with pytest.raises(ValueError, match=r"manifest\.csv has training slices without a label: run Step1"):
@@ -154,7 +160,9 @@ def test_patient_of_testing_slices_without_a_label_makes_no_score_optimistic(man
 def test_testing_slices_without_a_patient_are_warned_of(manifest, tmp_path):
     manifest.loc[manifest["split"] == "test", ["patient", "label"]] = ["", "epidural"]
     slices = read_instead(tmp_path, manifest)
-    expected = ["some labelled slices of TestingData have no patient: their test is slice-level, optimistic"]
+    expected = [
+        "some labelled slices of TestingData have no PatientID: their test is slice-level, optimistic"
+    ]
     assert slices.patient_level and slices.warnings() == expected
 
 

@@ -67,7 +67,7 @@ def test_slice_without_a_head_is_drawn_too(tmp_path):
 
 def test_file_that_step_1_refuses_is_named_with_the_reason(tmp_path):
     path = save_ct(tmp_path / "a.dcm", plain_head(), Modality="MR")
-    with pytest.raises(ValueError, match=r"a\.dcm: Modality \(0008,0060\) is not CT"):
+    with pytest.raises(ValueError, match=r"a\.dcm: Modality \(0008,0060\) is absent or not CT"):
         draw_steps(path)
 
 

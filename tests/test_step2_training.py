@@ -17,7 +17,15 @@ from step2.files import write_sealed
 from step2.network import InitialWeights, build_network, learning_rate
 from step2.pictures import Pictures
 from step2.runs import Run
-from step2.speed import choose_precision, choose_speed, gpu_memory, measure_speed, seconds_a_step, what_fits
+from step2.speed import (
+    choose_precision,
+    choose_speed,
+    gpu_memory,
+    measure_speed,
+    seconds_a_step,
+    what_fits,
+    why_not_compile,
+)
 from step2.training import (
     CURVE_POINTS,
     RunInput,
@@ -255,6 +263,14 @@ def test_slices_at_a_time_are_as_many_as_fit(monkeypatch):
     speed = measure_speed(make_settings(), BASE, 100, CPU)
     assert (speed.part, speed.channels_last) == (2, False)
     assert "trains for 40 s" in speed.reasons[-1]  # 100 steps of 8 slices, 0.1 s for two of them
+
+
+def test_nobody_installs_a_compiler_where_compiling_is_not_used(monkeypatch):
+    monkeypatch.setattr("step2.speed.shutil.which", lambda name: None)
+    monkeypatch.setattr("step2.speed.sys.platform", "win32")
+    assert why_not_compile(CPU) == "used on Linux alone"
+    monkeypatch.setattr("step2.speed.sys.platform", "linux")
+    assert why_not_compile(CPU) == "there is no C compiler, cc or gcc"
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "no kernel image"])
