@@ -251,7 +251,7 @@ def with_whole_paths(comparison: Comparison) -> Comparison:
 def result_of(future: Future, run: Run) -> dict[str, Any]:
     """Return what a run noted; RuntimeError, with what to do, where its workers were killed."""
     if future.status == "cancelled":
-        advice = "start it again, and run again: at most two epochs of each run are lost"
+        advice = "start it if it was yours, and run again: at most two epochs of each run are lost"
         raise RuntimeError(f"the Dask scheduler is gone: {advice}")
     try:
         return future.result()

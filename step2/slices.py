@@ -142,7 +142,7 @@ def copies_in_words(slices: Slices, folder: Path) -> list[str]:
     whose = (rows["patient"] + "\0" + rows["label"]).groupby(rows["picture"]).transform("nunique")
     images = list(rows.loc[whose > 1, "image"])
     advice = f"copies make results too good, or contradict each other; keep one of each, and {AGAIN}"
-    listed = f"{len(images)} pictures occur under more than one patient or class, such as {images[:2]}"
+    listed = f"{len(images)} pictures occur more than once and not under one patient and class, such as {images[:2]}"
     return [f"{listed}: {advice}"] if images else []
 
 

@@ -58,7 +58,7 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
     wanted: names or numbers, as a list or as text such as "0,2"; "all" for all that are there, None for those
     but Step 1's extra ones. ValueError where one is unknown, not there, or a number that two folders share.
     """
-    make = "run Step1_Image_Preprocessing.py"
+    make = f"run Step1_Image_Preprocessing.py --output {data}"
     there = (data / "manifest.csv").is_file()
     require(there, f"{data} has no manifest.csv: {make}, or set the parameter data to its output")
     found = sorted(p.name for p in data.iterdir() if (p / "TrainingData").is_dir())

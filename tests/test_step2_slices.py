@@ -200,7 +200,7 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
     known = Slices(rows, rows.iloc[:0], {}, True)
     (said,) = copies_in_words(known, tmp_path)
     assert said.startswith(
-        "3 pictures occur under more than one patient or class, such as ['a.png', 'b.png']"
+        "3 pictures occur more than once and not under one patient and class, such as ['a.png', 'b.png']"
     )
     (tmp_path / "b.png").write_bytes(b"3")  # a.png and c.png are one patient's, in one class
     assert copies_in_words(known, tmp_path) == []
@@ -209,7 +209,7 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
     assert "['d.png', 'e.png']" in copies_in_words(Slices(rows, other, {}, True), tmp_path)[0]
     rows.loc[2, "label"] = "healthy"  # one patient's, in two classes
     assert copies_in_words(known, tmp_path)[0].startswith(
-        "2 pictures occur under more than one patient or class"
+        "2 pictures occur more than once and not under one patient and class"
     )
 
 
