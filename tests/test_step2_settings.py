@@ -174,7 +174,7 @@ def test_one_variant_is_chosen_by_name_or_number(data, wanted):
         ([], "^variants: the list is empty"),
         (
             "2",
-            r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --output \S+ --variants 2_ROI\+CLAHE$",
+            r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --output .* --variants 2_ROI",
         ),
         (0.4, r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG, .*, or a number$"),
         ([0.4], r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG"),
