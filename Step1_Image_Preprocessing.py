@@ -1306,7 +1306,8 @@ def print_classes(ledger: sqlite3.Connection) -> None:
     )
     missing = [label for label in CLASSES if label not in counts]
     if missing and set(counts) & set(CLASSES[1:]):  # healthy alone: another question, bleed or none
-        print(f"note: no usable training slice of {', '.join(missing)}; the others can be compared")
+        others = "; the others can be compared" * (len(counts) > 1)
+        print(f"note: no usable training slice of {', '.join(missing)}{others}")
     if len(counts) == 1:
         print("note: only one class has usable slices; to compare, put another into TrainingData/<its name>/")
 
@@ -1319,7 +1320,7 @@ def print_report(ledger: sqlite3.Connection, written: int) -> int:
     if failed > FAILED_SHOWN:
         print(f"failed: {failed - FAILED_SHOWN} more, see manifest.csv", file=sys.stderr)
     several = "study != '' GROUP BY study HAVING count(DISTINCT nullif(patient, '')) > 1"
-    apart = "in studies of several PatientIDs: one person of several may be on both sides of a split"
+    apart = "in studies of several PatientIDs: who has several may be on both sides of a split"
     notes = {
         "without a usable window in the header, shown in the brain window": "window_source = 'default'",
         "with 12-bit values that had wrapped, repaired": "hu_repaired = '1'",
@@ -1437,7 +1438,9 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
     wrong = sorted({label for _, label in pairs if folded(label) not in classes})
     if wrong or not all(image for image, _ in pairs):
         known = ", ".join(class_order(classes.values()))
-        raise UsageError(f"{path} needs in each row an image and a label of {known}; found {wrong}")
+        raise UsageError(
+            f"{path} needs in each row an image and a label of {known}; found {wrong or 'no image'}"
+        )
     labels = {without_dcm(image): classes[folded(label)] for image, label in pairs}
     twice = [image for image, label in pairs if labels[without_dcm(image)] != classes[folded(label)]]
     if twice:
@@ -1591,13 +1594,15 @@ def print_rsna_table(classes: Iterable[str], labels, chosen, quotas: dict[str, i
 
 
 def roi_window(text: str) -> tuple[float, float] | None:
-    """Parse --roi-window: brain, header, or C,W in HU."""
+    """Parse --roi-window: brain, header, or centre,width in HU."""
     if text in ("brain", "header"):
         return BRAIN_WINDOW if text == "brain" else None
     try:
         center, width = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not brain, header or C,W such as 40,80") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not brain, header or centre,width such as 40,80"
+        ) from None
     if not (math.isfinite(center) and math.isfinite(width) and width >= 1):
         raise argparse.ArgumentTypeError(f"{text!r}: the width has to be 1 HU or more")
     return center, width
@@ -1639,7 +1644,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     choice = f"folder names or numbers of {' '.join(KNOWN_VARIANTS)}, or all"
     add("--variants", choice, [list(VARIANTS)], f"the first {len(VARIANTS)}", type=variant_names, nargs="+")
     add("--jobs", "processes", CPU_COUNT, f"all cores, here {CPU_COUNT}", type=whole_number)
-    window = "window that ROI shows: brain (40,80), header (the file's own), or centre,width in HU, such as =-20,90"
+    window = "window that ROI shows: brain (40,80), header (the file's own), or centre,width; =-20,90 below 0"
     add("--roi-window", window, "brain", type=roi_window, metavar="WINDOW")
     add("--force", "make everything again", False, "only what is missing or changed", action="store_true")
     add("--rsna", "Kaggle's unpacked RSNA-2019 download as the input", None, "off", type=Path, metavar="DIR")

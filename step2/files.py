@@ -29,7 +29,7 @@ def write_content(path: Path, *parts: bytes) -> None:
             file.writelines(parts)
         put_in_place(temporary, path)
     except PermissionError as err:  # on Windows also where Excel shows the file
-        text = f"{path} could not be written: close it in other programs, or let it be written, and run again"
+        text = f"{path} could not be written: close it in other programs, or check the permissions, and run again"
         raise PermissionError(err.errno, text) from err
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):

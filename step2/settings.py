@@ -143,9 +143,7 @@ def choose_profile(wanted: Any, gpus: int, gpu_memory: float) -> tuple[str, str]
     if wanted != "auto":
         return wanted, "asked for"
     if not gpus:
-        unseen = (
-            "there is an NVIDIA driver, but PyTorch sees no GPU: if there is one, install PyTorch for CUDA"
-        )
+        unseen = "there is an NVIDIA driver, but PyTorch sees no GPU: if there is one, install PyTorch for that driver"
         return "quick", unseen if shutil.which("nvidia-smi") else "there is no CUDA GPU"
     has = f"the GPU has {gpu_memory / 1e9:.0f} GB"
     if gpu_memory < FULL_NEEDS:

@@ -102,7 +102,8 @@ def _read_rows(path: Path) -> pd.DataFrame:
         rows[column] = rows.get(column, "")
     for column, words in (("status", {"ok", "failed"}), ("split", {"train", "test"})):
         wrong = sorted(set(rows[column]) - words)
-        what = f"{column} is {wrong}, neither of {sorted(words)}" if any(wrong) else "Step 1 was stopped"
+        stopped = column == "status" and wrong == [""]
+        what = "Step 1 was stopped" if stopped else f"{column} is {wrong}, neither of {sorted(words)}"
         require(not wrong, f"{path}: {what}: {AGAIN}")
     twice = rows.loc[(rows["image"] != "") & rows["image"].duplicated(), "image"]
     require(twice.empty, f"{path} has more than one row for {list(twice[:3])}: {AGAIN}")

@@ -58,7 +58,7 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
     wanted: names or numbers, as a list or as text such as "0,2"; "all" for all that are there, None for those
     but Step 1's extra ones. ValueError where one is unknown, not there, or a number that two folders share.
     """
-    make = f"run Step1_Image_Preprocessing.py --output {data}"
+    make, again = "run Step1_Image_Preprocessing.py", f"as for the other pictures of {data}"
     there = (data / "manifest.csv").is_file()
     require(there, f"{data} has no manifest.csv: {make}, or set the parameter data to its output")
     found = sorted(p.name for p in data.iterdir() if (p / "TrainingData").is_dir())
@@ -76,6 +76,7 @@ def choose_variants(wanted: list | str | int | None, data: Path) -> tuple[str, .
         match = [name for name in known if text in (name, name.split("_")[0])]
         require(match, f"variants: {text!r} unknown, choose one of {', '.join(known)}, or a number")
         require(len(match) == 1, f"variants: {text!r} may be {' or '.join(match)}: write the whole name")
-        require(match[0] in found, f"{data / match[0]} has no TrainingData: {make} --variants {match[0]}")
+        lacks = f"{data / match[0]} has no TrainingData"
+        require(match[0] in found, f"{lacks}: {make} {again}, but --variants {match[0]}")
         chosen.append(match[0])
     return tuple(name for name in known if name in chosen)

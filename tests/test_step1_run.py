@@ -985,6 +985,14 @@ def test_file_that_a_virus_scanner_holds_for_a_moment_ends_no_run(raw, monkeypat
     assert {".patient_key", "a.png", "preview.png", "manifest.csv"} <= set(tried)
 
 
+def test_class_alone_is_not_said_to_have_others(raw, capsys):
+    for label in ("healthy", "subdural"):
+        shutil.rmtree(raw / "TrainingData" / label)
+    assert run(raw, "--variants", "0") == 0
+    said = capsys.readouterr().out
+    assert "no usable training slice of healthy, " in said and "can be compared" not in said
+
+
 def test_manifest_that_excel_shows_is_said(raw, monkeypatch, capsys):
     replace = Path.replace
 

@@ -168,13 +168,13 @@ def test_one_variant_is_chosen_by_name_or_number(data, wanted):
         ("0,12", "^variants: '12' unknown, choose one of 0_Dicom2PNG"),
         (
             "0,7",
-            r"7_Window has no TrainingData: run Step1_Image_Preprocessing\.py --output \S+ --variants 7_Window$",
+            r"7_Window has no TrainingData: run Step1_Image_Preprocessing\.py as for .*, but --variants 7_Window$",
         ),
         ("", "^variants: '' unknown, choose one of 0_Dicom2PNG"),
         ([], "^variants: the list is empty"),
         (
             "2",
-            r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py --output .* --variants 2_ROI",
+            r"2_ROI\+CLAHE has no TrainingData: run Step1_Image_Preprocessing\.py as for .*, but --variants 2_ROI",
         ),
         (0.4, r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG, .*, or a number$"),
         ([0.4], r"^variants: '0\.4' unknown, choose one of 0_Dicom2PNG"),
