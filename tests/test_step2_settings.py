@@ -116,6 +116,13 @@ def test_gpu_memory_selects_the_profile_and_says_why(gpus, memory, profile):
     assert read_settings({"profile": "quick"}, gpus, memory).why == "asked for"
 
 
+def test_what_nobody_can_set_is_not_offered():
+    with pytest.raises(ValueError, match="quux is no parameter") as caught:
+        read_settings({"quux": 3})
+    offered = str(caught.value).partition("choose one of ")[2].split(", ")
+    assert {"epochs", "processes"} <= set(offered) and not {"why", "gpus"} & set(offered)
+
+
 def test_a_gpu_that_pytorch_does_not_see_is_no_missing_one(monkeypatch):
     monkeypatch.setattr(
         "step2.settings.shutil.which", lambda name: (name == "nvidia-smi" and "found") or None
