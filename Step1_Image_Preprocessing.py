@@ -1295,7 +1295,7 @@ def draw_preview(ledger: sqlite3.Connection, output: Path) -> None:
 def print_classes(ledger: sqlite3.Connection) -> None:
     """Print how many slices (and patients) of each class there are to train with, and what a comparison lacks."""
     where = "split = 'train' AND status = 'ok'"
-    number = "count(*) || ' (' || count(DISTINCT nullif(patient, '')) || ')'"
+    number = "count(*) || ' (' || coalesce(nullif(count(DISTINCT nullif(patient, '')), 0), 'unknown') || ')'"
     counts = dict(ledger.execute(f"SELECT label, {number} FROM files WHERE {where} GROUP BY label"))
     if not counts:
         return

@@ -985,6 +985,12 @@ def test_file_that_a_virus_scanner_holds_for_a_moment_ends_no_run(raw, monkeypat
     assert {".patient_key", "a.png", "preview.png", "manifest.csv"} <= set(tried)
 
 
+def test_patients_that_nothing_names_are_unknown_and_not_none(raw, capsys):
+    save_ct(raw / "TrainingData" / "healthy" / "a.dcm", plain_head(), PatientID=None)
+    assert run(raw, "--variants", "0") == 0
+    assert "training slices (patients): healthy 1 (unknown), subdural 1 (1), " in capsys.readouterr().out
+
+
 def test_class_alone_is_not_said_to_have_others(raw, capsys):
     for label in ("healthy", "subdural"):
         shutil.rmtree(raw / "TrainingData" / label)
