@@ -71,6 +71,12 @@ def test_forest_without_the_baseline_counts_no_comparison():
     assert said.startswith("No variant was compared with 0_Dicom2PNG. Training a network again")
 
 
+def test_forest_counts_what_holms_correction_leaves_and_not_intervals_beside_0():
+    table = contrast_table(compare(random_table(60, 2, ALL_VARIANTS[:3], folds=3), n_draws=60))
+    table = table[table["kind"] == "primary"].assign(ci_low=0.02, ci_high=0.3, p_holm=[0.04, 0.06])
+    assert say_forest(table).startswith("Of 2 comparisons with 0_Dicom2PNG, 1 show a difference after Holm")
+
+
 def test_no_variant_may_be_best_where_that_is_not_estimable():
     table = random_table(8, 4, ALL_VARIANTS[:3], folds=2)
     best = best_set(compare(table, n_draws=50))
