@@ -21,7 +21,7 @@ from torch import _dynamo as dynamo
 
 from step2.engine import local_cluster
 from step2.network import build_network
-from step2.pace import pace_on_gpu
+from step2.pace import pace_if_it_fits
 from step2.settings import Settings, read_settings
 from step2.speed import OUTPUTS, find_device, prepare_process, usual_speed, why_not_compile
 from step2.training import Speed, Trainer, load_checkpoint, predict, snapshot, train_step, write_checkpoint
@@ -174,7 +174,9 @@ def check_profile(device: torch.device, profile: str) -> Verdict:
     """A profile's step at its real size: does it fit, how fast is it, and does it wait for pictures?"""
     given = {"profile": profile, "weights": "none", "processes": 1}
     settings = read_settings(given, gpus=torch.cuda.device_count())
-    pace = pace_on_gpu(settings, device, channels_last=True)
+    pace = pace_if_it_fits(settings, device, channels_last=True)
+    if not pace.part:
+        return True, f"not for this GPU: {pace.basis}"
     fits = f"{pace.part} of {settings.batch_size} slices at a time in {pace.memory / 1e9:.1f} GB"
     says = f"{fits}; {1 / pace.train:.0f} images/s trained, {1 / pace.load:.0f} loaded by {settings.workers} threads"
     says += "; the GPU waits for pictures: raise workers" * (pace.load >= pace.train)

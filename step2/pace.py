@@ -152,7 +152,8 @@ def measure_paces(several: Sequence[Settings]) -> list[Pace]:
     device = find_device()
     if device.type == "cuda":
         first, *others = several
-        return [pace_on_gpu(first, device, True), *(pace_if_it_fits(other, device) for other in others)]
+        as_set = pace_on_gpu(first, device, True)
+        return [as_set, *(pace_if_it_fits(other, device, False) for other in others)]
     count = 1 if several[0].cluster else several[0].processes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, begin, (context.Barrier(count),)) as pool:
@@ -232,10 +233,10 @@ def pace_on_gpu(settings: Settings, device: torch.device, channels_last: bool) -
     return Pace(weights, seconds / speed.part, time_loading(settings), memory, speed.part, basis)
 
 
-def pace_if_it_fits(settings: Settings, device: torch.device) -> Pace:
-    """Return the pace of what is only a choice on this GPU, without channels_last; NaN where memory ends."""
+def pace_if_it_fits(settings: Settings, device: torch.device, channels_last: bool) -> Pace:
+    """Return the pace of what is only a choice on this GPU; NaN, of a part of 0, where memory ends."""
     try:
-        return pace_on_gpu(settings, device, False)
+        return pace_on_gpu(settings, device, channels_last)
     except RuntimeError as err:
         if not out_of_memory(err):
             raise

@@ -24,7 +24,7 @@ from step2_helpers import make_settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from step2 import check_gpu, training
+from step2 import check_gpu, pace, training
 from step2.check_gpu import PLAIN, small, some_batch
 from step2.network import build_network
 from step2.pictures import normalise
@@ -57,6 +57,25 @@ def test_check_sees_a_network_that_went_another_way():
 def test_checkpoint_goes_on_with_other_levers():
     fine, says = check_gpu.check_checkpoint(CPU)
     assert fine and says.endswith("same random numbers"), says
+
+
+@pytest.mark.parametrize(("load", "fine"), [(0.001, True), (0.1, False)])
+def test_profile_is_judged_by_its_pace(monkeypatch, load, fine):
+    found = pace.Pace(10**6, 0.01, load, 2e9, 32, "timed")
+    monkeypatch.setattr(pace, "pace_on_gpu", lambda *_: found)
+    good, says = check_gpu.check_profile(CPU, "medium")
+    assert good == fine and says.startswith("32 of 32 slices at a time in 2.0 GB; 100 images/s trained")
+    assert ("waits for pictures" in says) != fine
+
+
+def test_profile_too_large_for_a_gpu_is_no_fault_of_it(monkeypatch):
+    def measure(*_: object) -> pace.Pace:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pace, "pace_on_gpu", measure)
+    monkeypatch.setattr(pace, "device_name", lambda device: "MX450")
+    fine, says = check_gpu.check_profile(CPU, "full")
+    assert fine and says == "not for this GPU: a single slice doesn't fit in the memory of this MX450"
 
 
 @pytest.mark.processes
