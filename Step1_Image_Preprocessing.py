@@ -46,7 +46,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, islice
-from logging import CRITICAL, NullHandler, getLogger
+from logging import CRITICAL, getLogger
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -58,7 +58,7 @@ import psutil
 import pydicom
 from pebble import ProcessExpired, ProcessPool
 from pydicom import uid
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
@@ -135,17 +135,17 @@ DECODERS = {  # transfer syntax -> (pydicom plugin, package to install); named, 
     uid.JPEG2000: ("gdcm", "python-gdcm"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
-ENHANCED_CT = (uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
 OTHER_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # than HU, of RescaleType (PS3.3 C.11.1.1.2)
 
 MANIFEST_COLUMNS = (
     *("image", "split", "label", "patient", "source", "status", "reason", "rows", "columns"),
-    *("window_center", "window_width", "window_source", "hu_repaired", "blank", "head_fraction"),
-    *("bone_fraction", "crop", "warnings", "fingerprint"),
+    *("window_center", "window_width", "window_source", "roi_window", "hu_repaired", "blank"),
+    *("head_fraction", "bone_fraction", "crop", "warnings", "fingerprint"),
 )
 FAILED_SHOWN = 50  # lines at the end; the manifest has them all
 CLASSES_SHOWN = 12  # in the preview and at the end
-STRAY_FILES = {"thumbs.db", "desktop.ini", "icon\r"}  # passed over, like hidden files and these endings:
+# passed over, like hidden files and these endings
+STRAY_FILES = {"thumbs.db", "desktop.ini", "icon\r", "dicomdir"}
 STRAY_ENDINGS = {".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".py", ".png", ".jpg", ".jpeg", ".zip"}
 
 RSNA_CLASSES = {"subtype": CLASSES, "any": ("healthy", "hemorrhage")}  # of --rsna-labels
@@ -153,7 +153,6 @@ RSNA_CANDIDATES = 20  # headers read for each slice wanted, to find many patient
 
 # RSNA-2019 writes IDs such as ID_000000e27 where UIDs belong, and pydicom would warn at each access.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-getLogger("pydicom").addHandler(NullHandler())  # its warnings go to the manifest instead
 
 
 class UnsuitableFile(Exception):
@@ -195,10 +194,11 @@ def padding_mask(stored: np.ndarray, ds: Dataset) -> np.ndarray:
         [(value - lowest) % count + lowest for value in numbers(ds, keyword) if -count / 2 <= value < count]
         for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     )
+    padded = np.isin(stored, [*values, -32768])  # that is no HU: padding, also where anonymisers drop its tag
     if values and limit:
         low, high = sorted((values[0], limit[0]))
-        return (stored >= low) & (stored <= high)
-    return np.isin(stored, values)
+        padded |= (stored >= low) & (stored <= high)
+    return padded
 
 
 def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
@@ -221,6 +221,8 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
         beyond = "over 1 % of the pixels are below -10,000 or above 20,000 HU"
         raise UnsuitableFile(f"{beyond}: RescaleSlope/Intercept (0028,1053/1052) wrong, export it again")
+    if not padded.all() and hu[~padded].min() > -500:
+        warnings.warn("nothing is as dark as air: is RescaleIntercept (0028,1052) right?", stacklevel=2)
     return hu, wrapped
 
 
@@ -229,10 +231,12 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
 
 def header_window(ds: Dataset) -> tuple[float, float] | None:
     """Return the header's first complete VOI window (centre, width), None where it has no usable one."""
-    above_0, function = np.finfo(float).tiny, texts(ds, "VOILUTFunction")[0]
-    smallest = {"": 1, "LINEAR": 1, "LINEAR_EXACT": above_0, "SIGMOID": above_0}.get(function, np.inf)
+    function = texts(ds, "VOILUTFunction")[0] or "LINEAR"
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        return None
     pairs = zip(numbers(ds, "WindowCenter"), numbers(ds, "WindowWidth"), strict=False)
-    return next((p for p in pairs if np.isfinite(p).all() and p[1] >= smallest), None)
+    usable = (p for p in pairs if np.isfinite(p).all() and (p[1] >= 1 if function == "LINEAR" else p[1] > 0))
+    return next(usable, None)
 
 
 def window_to_grey(hu: np.ndarray, window: tuple[float, float], function: str = "LINEAR") -> np.ndarray:
@@ -616,7 +620,8 @@ def check_is_ct_slice(ds: Dataset) -> None:
     known_sign = first_number(ds, "PixelRepresentation") in (0, 1)
     slope, intercept = first_number(ds, "RescaleSlope"), first_number(ds, "RescaleIntercept")
     unit, size = texts(ds, "RescaleType")[0], f"{rows:.0f} x {columns:.0f}"
-    captured = ds.get("SOPClassUID") == uid.SecondaryCaptureImageStorage  # dose reports, in "HU" (GE) or not
+    kind = uid.UID(ds.get("SOPClassUID") or uid.CTImageStorage)
+    ct = kind == uid.CTImageStorage or kind.name == kind  # unknown: some anonymisers replace every UID
     no_hu = "HU unknown, export the original series"
     fits = {
         "a DICOMDIR, an index of other files: leave it out": "DirectoryRecordSequence" not in ds,
@@ -625,9 +630,8 @@ def check_is_ct_slice(ds: Dataset) -> None:
         "no image, PixelData (7FE0,0010) is absent: leave it out": "PixelData" in ds,
         "ImageType (0008,0008) says LOCALIZER: leave it out": "LOCALIZER" not in texts(ds, "ImageType"),
         "NumberOfFrames (0028,0008): multi-frame, split it into slices": not frames > 1,
-        "SOPClassUID (0008,0016): enhanced CT, split into slices": ds.get("SOPClassUID") not in ENHANCED_CT,
+        f"SOPClassUID (0008,0016) is {kind.name}: leave it out, or split an enhanced CT into slices": ct,
         "PhotometricInterpretation (0028,0004) is not grey, MONOCHROME1 or 2: no CT slice, leave it out": grey,
-        "SOPClassUID (0008,0016): secondary capture, a screen or a dose report: leave it out": not captured,
         "Rows (0028,0010) or Columns (0028,0011) is absent or 0: export it again": rows >= 1 and columns >= 1,
         f"Rows x Columns (0028,0010/0011) claim {size} pixels: no CT slice": max(rows, columns) <= MAX_SIDE,
         "PixelRepresentation (0028,0103) is not 0 or 1, sign unknown: export it again": known_sign,
@@ -670,14 +674,13 @@ def read_dicom(path: Path) -> Dataset:
             raise UnsuitableFile("unreadable: check the permissions and the disk") from err
     if not any(keyword in ds for keyword in ("SOPClassUID", "Modality", "Rows", "DirectoryRecordSequence")):
         cut = "truncated, it ends within its header or pixels"
-        what = cut if getattr(ds, "file_meta", None) else "not DICOM"
+        what = cut if ds.file_meta else "not DICOM"
         raise UnsuitableFile(f"{what}: export it again, or leave it out")
     with refusing("damaged header", "export it again"):
-        if "TransferSyntaxUID" not in getattr(ds, "file_meta", ()):
+        if "TransferSyntaxUID" not in ds.file_meta:
             # no preamble, so no file meta: name the encoding that pydicom has just found by parsing
             implicit, little_endian = ds.original_encoding
             explicit = uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian
-            ds.file_meta = FileMetaDataset()
             ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
         check_is_ct_slice(ds)
     return ds
@@ -725,7 +728,9 @@ def decode(ds: Dataset) -> np.ndarray:
         if plugin and syntax != uid.RLELossless:
             check_codestream(ds)
         # pydicom warns of bytes that some archives append to plain pixels, and leaves them out, as viewers do
-        stored = pixel_array(ds, decoding_plugin=plugin, allow_excess_frames=bool(plugin))
+        # unused bits stay, as padding may reach into them
+        how: dict[str, Any] = {"allow_excess_frames": bool(plugin), "correct_unused_bits": False}
+        stored = pixel_array(ds, decoding_plugin=plugin, **how)
     if stored.shape != (ds.Rows, ds.Columns):
         raise UnsuitableFile(f"PixelData (7FE0,0010) decodes to {stored.shape}: damaged, export it again")
     return stored
@@ -800,6 +805,7 @@ def convert(task: Task, settings: Settings) -> dict:
         png = encode_png(after(KNOWN_VARIANTS[variant]).image)
         write_atomically(settings.output / variant / task.image, png, settings.output)
     fields |= {"status": "ok", "rows": hu.shape[0], "columns": hu.shape[1], "hu_repaired": int(repaired)}
+    fields["roi_window"] = "{:g},{:g}".format(*settings.roi_window) if settings.roi_window else "header"
     return fields | found_by_steps(ct.scan, {*task.made, *task.variants})
 
 
@@ -826,8 +832,7 @@ def guarded():
     me = psutil.Process()
     before = me.rlimit(psutil.RLIMIT_DATA) if psutil.LINUX else None  # soft and hard
     if before:
-        data = Path("/proc/self/statm").read_text(encoding="ascii").split()[5]  # in pages
-        limit = int(data) * os.sysconf("SC_PAGE_SIZE") + MEMORY_LIMIT
+        limit = me.memory_info().data + MEMORY_LIMIT
         limit = limit if before[1] == psutil.RLIM_INFINITY else min(limit, before[1])
         me.rlimit(psutil.RLIMIT_DATA, (limit, before[1]))
     with Path(os.devnull).open("w", encoding="ascii") as devnull:
@@ -916,11 +921,11 @@ def count_files(ledger: sqlite3.Connection, where: str) -> int:
     return ledger.execute(f"SELECT count(*) FROM files WHERE {where}").fetchone()[0]
 
 
-def pages(ledger: sqlite3.Connection, where: str, size: int = 500) -> Iterator[sqlite3.Row]:
+def pages(ledger: sqlite3.Connection, where: str) -> Iterator[sqlite3.Row]:
     """Yield rows in order of source, a page in memory at a time; the table may change meanwhile."""
     last = ""
-    query = f"SELECT * FROM files WHERE source > ? AND {where} ORDER BY source LIMIT ?"
-    while rows := ledger.execute(query, (last, size)).fetchall():
+    query = f"SELECT * FROM files WHERE source > ? AND {where} ORDER BY source LIMIT 500"
+    while rows := ledger.execute(query, (last,)).fetchall():
         yield from rows
         last = rows[-1]["source"]
 
@@ -1116,7 +1121,7 @@ def in_processes(tasks: Iterable[Task], settings: Settings, jobs: int, starts=PO
         try:
             return pool.schedule(process, args=(task, settings))
         except RuntimeError as err:  # it broke since the last result
-            waiting[Future()] = task
+            waiting[Future()] = task  # to be done again with the others by the next pool
             raise BrokenProcessPool from err
 
     try:
@@ -1414,11 +1419,16 @@ def find_inputs(raw_data: Path) -> Iterator[Input]:
         yield Input(source, path, source, "train", label, refusal_of_path(path, root) or homeless)
     for path in walk(raw_data / "TestingData") if (raw_data / "TestingData").exists() else ():
         source = path.relative_to(raw_data).as_posix()
-        image = without_dcm(source.partition("/")[2])
+        image = label_key(source.partition("/")[2])
         unused.discard(image)
         yield Input(source, path, source, "test", test_labels.get(image, ""), refusal_of_path(path, root))
     if unused:
         print(f"note: {len(unused)} rows of TestingData_labels.csv match no file, such as {min(unused)!r}")
+
+
+def label_key(image: str) -> str:
+    """Return the name by which a file and its row of TestingData_labels.csv find each other."""
+    return without_dcm(unicodedata.normalize("NFC", image.replace("\\", "/")))
 
 
 def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
@@ -1441,8 +1451,8 @@ def read_test_labels(path: Path, classes: dict[str, str]) -> dict[str, str]:
         raise UsageError(
             f"{path} needs in each row an image and a label of {known}; found {wrong or 'no image'}"
         )
-    labels = {without_dcm(image): classes[folded(label)] for image, label in pairs}
-    twice = [image for image, label in pairs if labels[without_dcm(image)] != classes[folded(label)]]
+    labels = {label_key(image): classes[folded(label)] for image, label in pairs}
+    twice = [image for image, label in pairs if labels[label_key(image)] != classes[folded(label)]]
     if twice:
         raise UsageError(f"{path} gives {min(twice)!r} two labels: keep one row of it")
     return labels

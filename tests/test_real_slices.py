@@ -16,7 +16,7 @@ import Step1_Image_Preprocessing as step1
 REFUSED = {  # of quirks/: file -> a word of the reason
     "eCT_multiframe_2f.dcm": "NumberOfFrames",
     "philips_DICOMDIR": "DICOMDIR",
-    "philips_dose_report_secondarycapture_noext": "PhotometricInterpretation",
+    "philips_dose_report_secondarycapture_noext": "SOPClassUID",
     "philips_localizer_256x512_noext": "LOCALIZER",
 }
 LOSSLESS_TWINS = [("693_UNCR", "693_J2KR"), ("CT2_RLE", "CT2_JPLL", "CT2_JLSL", "CT2_J2KR")]

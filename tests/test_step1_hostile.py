@@ -26,6 +26,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLSLossless,
+    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
     RLELossless,
     SecondaryCaptureImageStorage,
 )
@@ -155,7 +156,7 @@ def test_uncompressed_pixels_that_are_too_long_are_converted_with_a_warning(extr
 
 
 def test_the_one_byte_that_makes_an_odd_length_even_is_no_warning(tmp_path):
-    ct = make_ct(np.zeros((3, 3), np.uint16), **WINDOW)
+    ct = make_ct(np.zeros((3, 3), np.uint16), RescaleIntercept=-1000, **WINDOW)
     ct.BitsAllocated, ct.BitsStored, ct.HighBit = 8, 8, 7
     ct.PixelData = bytes(9) + b"\0"
     row = convert(save(tmp_path / "a", ct), tmp_path)
@@ -180,8 +181,8 @@ def test_bits_above_bits_stored_are_masked(dtype, tmp_path):
     stored = np.where(plain_head(64) > 0, 40, -200 if dtype == np.int16 else 5).astype(dtype)
     elements = {"BitsStored": 12, "HighBit": 11, "RescaleIntercept": 0 if dtype == np.int16 else -100}
     clean = step1.hounsfield(stored, make_ct(stored, **elements))[0]
-    overlaid = (stored.view(np.uint16) & 0x0FFF | 0x5000).view(dtype)
-    assert np.array_equal(step1.hounsfield(overlaid, make_ct(overlaid, **elements))[0], clean)
+    ct = make_ct((stored.view(np.uint16) & 0x0FFF | 0x5000).view(dtype), **elements)
+    assert np.array_equal(step1.hounsfield(step1.decode(ct), ct)[0], clean)
 
 
 def test_several_padding_values_are_all_air(tmp_path):
@@ -189,6 +190,11 @@ def test_several_padding_values_are_all_air(tmp_path):
     ct = make_ct(stored)
     ct.add_new(0x00280120, "SS", [-2000, -1500])
     assert step1.hounsfield(stored, ct)[0].tolist() == [[-1000, -1000, 40]]
+
+
+@pytest.mark.parametrize("replaced", ["2.25.1234567890", "ID_0123abcd", "", None])
+def test_slice_whose_sop_class_an_anonymiser_replaced_is_converted(replaced, tmp_path):
+    assert convert(save_ct(tmp_path / "a", GOOD, SOPClassUID=replaced), tmp_path)["status"] == "ok"
 
 
 def test_first_complete_window_counts_where_the_first_is_not():
@@ -292,8 +298,9 @@ REFUSED = {
     ),
     "dose report": (
         changed(SOPClassUID=SecondaryCaptureImageStorage, ConversionType="WSD", RescaleType="HU"),
-        "secondary capture",
+        "SOPClassUID (0008,0016) is Secondary Capture Image Storage",
     ),
+    "screen": (changed(SOPClassUID=MultiFrameGrayscaleWordSecondaryCaptureImageStorage), "is Multi-frame"),
     "slope missing": (changed(RescaleSlope=None), "RescaleSlope"),
     "slope 0": (changed(RescaleSlope=0), "RescaleSlope"),
     "BitsStored": (changed(BitsStored=17, HighBit=16), "BitsStored (0028,0101) is absent or wrong"),
@@ -314,7 +321,7 @@ REFUSED = {
     "no modality": (changed(Modality=None), "Modality"),
     "localizer": (changed(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "LOCALIZER"),
     "multi-frame": (changed(NumberOfFrames=2), "NumberOfFrames"),
-    "enhanced CT": (changed(SOPClassUID=EnhancedCTImageStorage), "enhanced CT"),
+    "enhanced CT": (changed(SOPClassUID=EnhancedCTImageStorage), "is Enhanced CT Image Storage"),
     "DICOMDIR": (dicomdir, "DICOMDIR"),
     "RT structures": (other_object(Modality="RTSTRUCT"), "Modality"),
     "video": (changed(Modality="ES", NumberOfFrames=9), "Modality"),

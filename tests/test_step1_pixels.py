@@ -1,6 +1,7 @@
 """Step 1's pixel arithmetic, against hand-computed arrays and plain formulas of the DICOM standard."""
 
 import math
+import warnings
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 import Step1_Image_Preprocessing as step1
 
@@ -82,11 +84,37 @@ def test_padding_range_becomes_air(ends):
     assert hu_and_grey(ct)[0].tolist() == [[-1000, -1000, -1800, 5]]
 
 
-def test_padding_is_looked_for_before_bits_above_bits_stored_are_masked():
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless], ids=["plain", "RLE"])
+def test_padding_is_looked_for_before_bits_above_bits_stored_are_masked(syntax):
     """63536 in 12 bits is 2096."""
-    stored = np.array([[63536, 2096, 40]], np.uint16)
+    stored = np.array([[63536, 2096, 40, 0xF000 | 1064]], np.uint16)
     ct = make_ct(stored, BitsStored=12, HighBit=11, RescaleIntercept=-1024, PixelPaddingValue=63536)
-    assert step1.hounsfield(stored, ct)[0].tolist() == [[-1000, 1072, -984]]
+    if syntax == RLELossless:
+        ct.compress(syntax)
+    assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, 1072, -984, 40]]
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_lowest_signed_value_is_padding_also_without_its_tag(bits):
+    ct = make_ct(np.array([[-32768, 40]], np.int16), BitsStored=bits, HighBit=bits - 1)
+    assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, 40]]
+
+
+@pytest.mark.parametrize(("intercept", "warned"), [(-1024, 0), (0, 1)])
+def test_slice_without_air_is_warned_of(intercept, warned):
+    """0 is padding, whose place says nothing of the intercept."""
+    ct = make_ct(np.array([[0, 24, 1064]], np.uint16), RescaleIntercept=intercept, PixelPaddingValue=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step1.hounsfield(step1.decode(ct), ct)
+    assert len(caught) == warned and all("RescaleIntercept" in str(w.message) for w in caught)
+
+
+def test_slice_of_padding_alone_is_not_warned_of():
+    ct = make_ct(np.array([[0, 0]], np.uint16), PixelPaddingValue=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, -1000]]
 
 
 def test_wrapped_12bit_values_are_repaired_and_reported():

@@ -211,6 +211,14 @@ def test_libraries_are_set_up_in_whatever_thread_converts(raw, monkeypatch):
         assert pool.submit(work).result() == (False, False, pydicom.config.IGNORE)
 
 
+@pytest.mark.parametrize(
+    ("option", "noted"), [("brain", "40,80"), ("50.5,130", "50.5,130"), ("header", "header")]
+)
+def test_manifest_says_which_window_roi_shows(raw, option, noted):
+    run(raw, "--variants", "0,1", "--roi-window", option)
+    assert {row["roi_window"] for row in manifest(raw).values()} == {noted}
+
+
 def test_missing_window_is_noted_in_the_manifest(raw):
     run(raw)
     assert manifest(raw)["TestingData/t.dcm"]["window_source"] == "default"
@@ -245,6 +253,14 @@ def test_test_labels_match_whatever_the_case_of_dcm_and_with_spaces(raw):
         "epidural",
         "healthy",
     ]
+
+
+def test_test_labels_match_whatever_the_system_they_were_typed_on(raw):
+    """Decomposed names, as macOS has them, in the folder, and Windows' backslash in the table."""
+    save_ct(raw / "TestingData" / "sub" / "mu\u0308ller.dcm", plain_head())
+    (raw / "TestingData_labels.csv").write_text("image,label\nsub\\m\u00fcller,epidural\n", encoding="utf-8")
+    assert run(raw, "--variants", "0") == 0
+    assert manifest(raw)["TestingData/sub/mu\u0308ller.dcm"]["label"] == "epidural"
 
 
 def test_test_labels_that_name_no_file_are_reported(raw, capsys):
@@ -442,7 +458,7 @@ def test_unusual_names_are_kept(raw, name):
 
 
 def test_stray_files_are_passed_over(raw, capsys):
-    for name in ("Thumbs.db", ".DS_Store", "notes.csv", "README.md"):
+    for name in ("Thumbs.db", ".DS_Store", "DICOMDIR", "notes.csv", "README.md"):
         (raw / "TrainingData" / "healthy" / name).write_bytes(b"x")
     assert run(raw) == 0
     assert last_tally(capsys) == "found 4 = written 4 + up to date 0 + failed 0"
