@@ -73,7 +73,7 @@ def train_waiting(comparison: Comparison, waiting: list[Run], ends: float) -> in
         if settings.processes == 1 and not settings.cluster:
             train_here(comparison, waiting, progress, ends)
             return progress.finished - before
-        cluster = clients_of(settings.cluster) if settings.cluster else local_cluster(settings, len(waiting))
+        cluster = client_of(settings.cluster) if settings.cluster else local_cluster(settings, len(waiting))
         with cluster as client:
             train_on(client, comparison, waiting, progress, ends)
         return progress.finished - before
@@ -164,7 +164,7 @@ def interrupt_free(start: Callable, *args: Any, **options: Any) -> Any:
 
 
 @contextmanager
-def clients_of(address: str) -> Iterator[Client]:
+def client_of(address: str) -> Iterator[Client]:
     """Connect to a scheduler that is there, and send its workers this code."""
     try:
         client = Client(address, timeout=CONNECT_S, set_as_default=False)
@@ -178,8 +178,7 @@ def clients_of(address: str) -> Iterator[Client]:
         one = "dask worker ADDRESS --nthreads 1 --nworkers N"
         require(threads == 1, f"a worker with {threads} threads would train as many runs at once: {one}")
         client.upload_file(str(zip_code(Path(folder))))
-        shown = "dashboard" in client.scheduler_info(n_workers=0)["services"]
-        print(f"{len(workers)} Dask workers{f', dashboard: {client.dashboard_link}' * shown}", flush=True)
+        print(f"{len(workers)} Dask workers, dashboard: {client.dashboard_link}", flush=True)
         yield client
 
 

@@ -35,7 +35,7 @@ CAUTION = 0.20
 class Estimates:
     """A metric of k variants. values: float (k,); patients: covariance from who was tested, float (k, k).
 
-    spread: the mean square of the interaction; sampling: the part of it that patients explain; NaN where the
+    spread: the mean square of the interaction; explained: the part of it that patients explain; NaN where the
     table can't tell (one variant, or one training of each). share: sum of the squared shares of a variant's trainings.
     """
 
@@ -43,21 +43,21 @@ class Estimates:
     values: np.ndarray
     patients: np.ndarray
     spread: float
-    sampling: float
+    explained: float
     share: float
     freedom: Freedom
 
     @property
     def training(self) -> float:
         """The variance of one training (a fold's) about its variant, as errors take it; 0 where none is seen."""
-        return float(np.nan_to_num(cautious(self.spread, self.sampling)))
+        return float(np.nan_to_num(cautious(self.spread, self.explained)))
 
     @property
     def seen(self) -> tuple[float, float, float]:
         """The SD of one training and its 95 % interval, as reports show it; NaN where the table can't tell."""
         chi2 = special.chdtri(max(self.freedom[1], 1), [ALPHA / 2, 1 - ALPHA / 2])
         ends = self.spread * self.freedom[1] / chi2
-        sd, low, high = np.sqrt(np.maximum(np.r_[self.spread, ends] - self.sampling, 0))
+        sd, low, high = np.sqrt(np.maximum(np.r_[self.spread, ends] - self.explained, 0))
         return float(sd), float(low), float(high)
 
     def errors(self, coefficients: np.ndarray) -> tuple[float, float, float]:
@@ -65,13 +65,13 @@ class Estimates:
 
         coefficients: float (k,). NaN where the patients are too few, or no patient differs.
         """
-        sampling = float(coefficients @ self.patients @ coefficients)
+        sampling = float(coefficients @ self.patients @ coefficients)  # variances
         shared = self.share * float(coefficients @ coefficients)
         luck = self.training * shared
         if self.freedom[0] + 1 < MIN_PATIENTS or np.isnan(sampling) or sampling < 1e-18:
             return np.nan, np.nan, np.nan
-        freedom = satterthwaite(sampling, luck, self.spread * shared, self.freedom)
-        return float(np.sqrt(sampling)), float(np.sqrt(luck)), float(freedom)
+        degrees = satterthwaite(sampling, luck, self.spread * shared, self.freedom)
+        return float(np.sqrt(sampling)), float(np.sqrt(luck)), float(degrees)
 
     def contrast(self, coefficients: np.ndarray) -> dict[str, float]:
         """Return difference, 95 % interval, errors and p of a contrast, dict; NaN where not estimable.
@@ -79,28 +79,28 @@ class Estimates:
         seed_noise: the SD of the difference that training again alone would make, as far as it was seen.
         """
         difference = float(np.round(coefficients @ self.values, 12))
-        sampling, luck, freedom = self.errors(coefficients)
-        error = float(np.hypot(sampling, luck))
-        half = special.stdtrit(freedom, 1 - ALPHA / 2) * error  # Student's t
-        p = 2 * special.stdtr(freedom, -abs(difference) / error)
-        noise = np.maximum(self.spread - self.sampling, 0) * self.share * float(coefficients @ coefficients)
+        patient_error, training_error, degrees = self.errors(coefficients)
+        error = float(np.hypot(patient_error, training_error))
+        half = special.stdtrit(degrees, 1 - ALPHA / 2) * error  # Student's t
+        p = 2 * special.stdtr(degrees, -abs(difference) / error)
+        noise = np.maximum(self.spread - self.explained, 0) * self.share * float(coefficients @ coefficients)
         return {
             **{"difference": difference, "ci_low": difference - half, "ci_high": difference + half},
-            **{"error": error, "patient_error": sampling, "training_error": luck},
-            **{"seed_noise": float(np.sqrt(noise)), "p_value": p, "freedom": freedom},
+            **{"error": error, "patient_error": patient_error, "training_error": training_error},
+            **{"seed_noise": float(np.sqrt(noise)), "p_value": p, "freedom": degrees},
         }
 
     def differ(self, contrasts: np.ndarray) -> float:
         """Return the p of several contrasts being equal (Wald's F), NaN for one. contrasts: float (m, k)."""
         steps = np.diff(contrasts, axis=0)
-        freedom = min((self.errors(step)[2] for step in steps), default=np.nan)
-        if np.isnan(freedom):
+        degrees = [self.errors(step)[2] for step in steps]
+        if not degrees or np.isnan(degrees).any():
             return np.nan
         luck = self.training * self.share
         covariance = steps @ self.patients @ steps.T + luck * steps @ steps.T
         apart = steps @ self.values
         wald = float(apart @ np.linalg.pinv(covariance, hermitian=True) @ apart) / len(steps)
-        return float(special.fdtrc(len(steps), freedom, wald))
+        return float(special.fdtrc(len(steps), min(degrees), wald))
 
     def coefficients(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Return the coefficients of the mean difference, a minus b, of some pairs, float (k,)."""
@@ -151,13 +151,13 @@ def combine(names: Sequence[str], observed: np.ndarray, draws: np.ndarray, patie
     covariance = patient_covariance(totals, patients)
     k, repeats, folds = cells.shape
     freedom = degrees_of_freedom(patients, k, repeats * folds)
-    spread = sampling = np.nan  # of few patients nothing is told, as no interval is given
+    spread = explained = np.nan  # of few patients nothing is told, as no interval is given
     if freedom[1] and patients >= MIN_PATIENTS:
         spread = float(interaction(cells)) / freedom[1]
-        sampling = explained_by_patients(cells, drawn, patients) / freedom[1]
+        explained = explained_by_patients(cells, drawn, patients) / freedom[1]
     weights = observed[1, 0] / observed[1, 0].sum()
     share = float((weights**2).sum())
-    return Estimates(tuple(names), values, covariance, spread, sampling, share, freedom)
+    return Estimates(tuple(names), values, covariance, spread, explained, share, freedom)
 
 
 def patient_covariance(totals: np.ndarray, patients: int) -> np.ndarray:

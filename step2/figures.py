@@ -257,7 +257,7 @@ def draw_accuracy(predictions: pd.DataFrame, metrics: pd.DataFrame, best: Collec
         axis.text(1.03, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     if BASELINE in names:
         reference = 100 * metric_of(metrics, BASELINE, "accuracy")[0]
-        axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=f"{BASELINE}")
+        axis.axvline(reference, color=colors[BASELINE], lw=0.8, label=BASELINE)
     chance, commonest = guesses(predictions)
     axis.axvline(100 * chance, color="black", ls="--", lw=1, label="chance")
     if commonest:
@@ -281,14 +281,13 @@ def draw_sensitivities(predictions: pd.DataFrame, metrics: pd.DataFrame, patient
     image = axis.imshow(100 * np.array(cells)[..., 0], cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for y, x in np.ndindex(len(names), len(counts)):
         value, low, high = cells[y][x]
-        text = with_interval(value, low, high, digits=0).replace(" (", "\n(").replace(" e", "\ne")
+        text = with_interval(value, low, high, digits=0).replace(" (", "\n(").replace("not ", "not\n")
         color = "black" if value > 0.55 else "white"
         axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
-    word, tested = "patients", counts
-    if not patient_level:  # some patients may be known, so that counts are neither
-        word, tested = "slices", predictions.groupby("label")["image"].nunique()
-    stars = {c: f"{c}*" if count < MIN_PATIENTS else c for c, count in counts.items()}
-    heads = [f"{wrapped(stars[c], 17)}\n{tested.get(c, 0)} {word}" for c in counts]
+    tested, heads = predictions.groupby("label")["image"].nunique(), []
+    for name, count in counts.items():
+        heads.append(f"{wrapped(name + '*' * (count < MIN_PATIENTS), 17)}\n{tested.get(name, 0)} slices")
+        heads[-1] += f"\n{count} patients" * patient_level  # else some may be known
     axis.set_xticks(range(len(counts)), heads, fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)
@@ -356,7 +355,7 @@ def draw_any_hemorrhage(predictions: pd.DataFrame, metrics: pd.DataFrame, shown:
 def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame, shown: Sequence[str]) -> plt.Figure:
     """Return reliability curves of some variants, a panel each, at most four in a row."""
     figure, axes = panels(len(shown), 4, (2.8, 2.8), sharex=True, sharey=True)
-    colors = variant_colors(shown)
+    colors = variant_colors(list(predictions["variant"].unique()))
     for axis, name in zip(axes, shown, strict=True):
         bins = reliability(predictions[predictions["variant"] == name])
         x, y = 100 * bins["confidence"], 100 * bins["accuracy"]
@@ -365,7 +364,7 @@ def draw_reliability(predictions: pd.DataFrame, metrics: pd.DataFrame, shown: Se
         axis.plot(x, y, color=colors[name], lw=1)
         axis.scatter(x, y, 15 + 250 * bins["slices"] / bins["slices"].sum(), color=colors[name], zorder=3)
         error = with_interval(*metric_of(metrics, name, "calibration_error"))
-        axis.set_title(f"{name}\nerror {error} points", size=8)
+        axis.set_title(f"{name}\nexpected calibration error\n{error} points", size=8)
         axis.grid(alpha=0.3)
         axis.set(xlim=(0, 102), ylim=(-3, 103))
     figure.supxlabel("confidence in the predicted class, %", size=10)

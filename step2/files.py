@@ -35,7 +35,6 @@ def write_content(path: Path, *parts: bytes) -> None:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             text = f"{path} could not be written ({err.strerror}): folder gone, or path too long? Mend it and run again"
             raise OSError(err.errno, text) from err
-        temporary.unlink(missing_ok=True)
         full = "the disk is full" if err.errno == errno.ENOSPC else "your disk quota is used up"
         needs = f"it needs {sum(map(len, parts)):,} bytes"
         text = f"{full}, {path} could not be written ({needs}): free some space there and run again"
@@ -100,7 +99,8 @@ def sha256(path: Path) -> str:
 
 
 def lock_results(results: Path) -> FileLock:
-    """Make the results folder and take its lock, which ends with this process; ValueError where that fails.
+    """Make the results folder and take its lock, which ends with this process; ValueError where that fails,
+    RuntimeError where another notebook has it.
 
     Two notebooks would train the same runs twice and mix their tables. Leftovers of a killed one are removed.
     """

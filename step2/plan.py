@@ -23,7 +23,7 @@ import pandas as pd
 import psutil
 import torch
 
-from Step1_Image_Preprocessing import variant_names
+from Step1_Image_Preprocessing import variant_names, whole_number
 from step2.files import write_csv
 from step2.pace import GPUS, Pace, estimate_pace, measure_paces
 from step2.pictures import steps_per_epoch
@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data_preprocessing"), help="Step 1's output")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where plan.csv goes")
     parser.add_argument("--variants", default=None, help="such as 0,1,4 or all (default: the seven)")
-    parser.add_argument("--slices", type=int, help="plan for so many instead of those in --data")
-    parser.add_argument("--patients", type=int, help="their patients (default: half as many)")
+    parser.add_argument("--slices", type=whole_number, help="plan for so many instead of those in --data")
+    parser.add_argument("--patients", type=whole_number, help="their patients (default: half as many)")
     parser.add_argument("--gpu", type=str.upper, choices=GPUS, help="one that is not here")
     args = parser.parse_args()
     if args.patients and not args.slices:

@@ -74,12 +74,14 @@ def describe_runs(comparison: Comparison) -> dict[str, Any]:
                 ways.append(done[name])
         if len(ways) > 1:
             fallbacks.append(f"runs differ in their {name}, which may explain differences: {ways}")
-    if weights.used == "none" != weights.requested:
+    if weights.used == "none" and weights.requested != "none":
         fallbacks.append(weights.note)
     return {
         "settings": comparison.settings.model_dump(mode="json", exclude={"threads"}),  # they are each run's
         "variants": comparison.variants,
         "classes": comparison.slices.classes,
+        "roi_window": comparison.slices.roi_window,
+        "code": comparison.code,
         "initial_weights": asdict(weights),
         "made_with": made,
         "fallbacks": fallbacks,

@@ -17,8 +17,9 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -34,8 +35,9 @@ from step2.training import RunInput, Speed, Tell, Trainer, half_weights, predict
 from step2.variants import require
 
 CODE = ("pictures", "network", "training")  # the modules that a run's numbers depend on
-PACKAGES = ("torch", "torchvision", "efficientnet-pytorch", "opencv-python-headless", "numpy", "pandas")
+PACKAGES = ("efficientnet-pytorch", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels")
 TEXTS = dict.fromkeys(("image", "label", "predicted"), str)  # a class may be called 0
+MENDED = "is missing or damaged: run the training cell again, which makes it anew"
 CHANGED = "was changed since the notebook read it: run the notebook again from its first cell"
 NOT_JUDGED = {"val_loss": [""], "val_accuracy": [""]}  # of history.csv: epochs without a look at the held-out
 
@@ -214,7 +216,7 @@ def complete_run(comparison: Comparison, run: Run, tell: Tell, ends: float = mat
         finish_run(comparison, run, speed, device, tell, ends)
     if not is_complete(comparison, run):
         predict_testing(comparison, run, speed, device)
-    return read_json(folder / "done.json") or {}
+    return read_note(comparison, run)
 
 
 def finish_run(
@@ -240,6 +242,7 @@ def finish_run(
     write_csv(folder / "history.csv", pd.DataFrame(history))
     save_weights(folder / "last.pt", half_weights(trainer.network))
     names = ("predictions.csv", "history.csv", "last.pt")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "opencv": cv2.__version__}
     done = {
         "run": run._asdict(),
         "folder": folder.name,
@@ -252,10 +255,10 @@ def finish_run(
         "threads": settings.threads,
         "initial_weights": asdict(comparison.weights),
         "system": {"platform": platform.platform(), "cores": os.cpu_count()},
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "versions": versions | {name: version(name) for name in PACKAGES},
         "files": {name: sha256(folder / name) for name in names},
     }
-    write_json(folder / "done.json", json.loads(json.dumps(done)))
+    write_json(folder / "done.json", done)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -268,12 +271,12 @@ def predict_testing(comparison: Comparison, run: Run, speed: Speed, device: torc
     trainer = Trainer(settings, speed, 0.1, device, len(classes))
     load_last(comparison, run, trainer.network)
     pictures = Pictures(data, images, settings)
-    batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size))
+    batches = load(pictures, in_order(np.arange(len(images)), settings.batch_size), settings.workers)
     rows, found = comparison.slices.testing[["image"]], predict(trainer, batches)
     same = pictures_digests(data, images)[0] == comparison.digests[run.variant][1]
     require(same, f"{data} {CHANGED}")
     write_csv(folder / name, prediction_table(rows, found, classes))
-    done = read_json(folder / "done.json") or {}
+    done = read_note(comparison, run)
     done["files"] = {n: d for n, d in done["files"].items() if not n.startswith("testing-")}
     for old in folder.glob("testing-*.csv"):
         if old.name != name:
@@ -294,19 +297,18 @@ def prediction_table(rows: pd.DataFrame, probabilities: np.ndarray, classes: tup
 def read_note(comparison: Comparison, run: Run) -> dict[str, Any]:
     """Return what a finished run noted; ValueError that names the file where there is no whole one."""
     folder = comparison.folders[run]
-    return read_done(folder) or refuse(folder / "done.json")
+    done = read_done(folder)
+    if done is None:
+        raise ValueError(f"{folder / 'done.json'} {MENDED}")
+    return done
 
 
 def read_result(comparison: Comparison, run: Run, name: str) -> bytes:
     """Return a file that a finished run left behind; ValueError that names it where it was changed."""
     noted, path = read_note(comparison, run)["files"].get(name), comparison.folders[run] / name
     content = path.read_bytes() if path.is_file() else b""
-    return content if hashlib.sha256(content).hexdigest() == noted else refuse(path)
-
-
-def refuse(path: Path) -> NoReturn:
-    """Raise the ValueError that says how a file of a run is made again."""
-    raise ValueError(f"{path} is missing or damaged: run the training cell again, which makes it anew")
+    require(hashlib.sha256(content).hexdigest() == noted, f"{path} {MENDED}")
+    return content
 
 
 def load_last(comparison: Comparison, run: Run, network: torch.nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Step 1's manifest: which slices there are, of which class and patient, and which are left out."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from step2.classes import CLASSES, order_classes
+from step2.files import sha256
 from step2.variants import require
 
 AGAIN = "run Step1_Image_Preprocessing.py again"
@@ -18,7 +18,8 @@ YES, NO = {"1", "1.0", "true"}, {"0", "0.0", "false"}  # as pandas and spreadshe
 class Slices:
     """The usable slices, DataFrames of image, label, patient, source; patient_level: patients are known.
 
-    unusable: labels of training slices that are all blank or refused.
+    unusable: labels of training slices that are all blank or refused. roi_window: what Step 1's --roi-window was,
+    "" where the manifest doesn't tell.
     """
 
     training: pd.DataFrame
@@ -26,6 +27,7 @@ class Slices:
     left_out: dict[str, int]
     patient_level: bool
     unusable: tuple[str, ...] = ()
+    roi_window: str = ""
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -41,24 +43,30 @@ class Slices:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that makes results optimistic, or leaves them out."""
-        scored = self.testing.loc[self.testing["label"].isin(self.classes), "patient"]
-        both = len((set(scored) & set(self.training["patient"])) - {""})
-        unknown = int((self.training["patient"] == "slice " + self.training["image"]).sum())
-        optimistic = (
-            f"{unknown} of {len(self.training)} slices have no PatientID (their patient in the manifest is empty; "
-            f"give them one, or take them away, and {AGAIN}), so a patient may be on both sides of a split: "
-            "all results are slice-level, optimistic"
-        )
-        lines = [] if self.patient_level else [optimistic]
-        if (scored == "").any():
+        labels, lines = self.testing["label"], []
+        if not self.patient_level:
+            unknown = int((self.training["patient"] == "slice " + self.training["image"]).sum())
+            lines.append(
+                f"{unknown} of {len(self.training)} slices have no PatientID (their patient in the manifest is empty; "
+                f"give them one, or take them away, and {AGAIN}), so a patient may be on both sides of a split: "
+                "all results are slice-level, optimistic"
+            )
+        tested = set(self.testing.loc[labels.isin(self.classes), "patient"])
+        if "" in tested:
             lines.append(
                 "some labelled slices of TestingData have no PatientID: their test is slice-level, optimistic"
             )
-        shared = f"patients in both TrainingData and TestingData: {both}, so the test is optimistic"
-        unknown_to_networks = self.testing["label"][~self.testing["label"].isin(["", *self.classes])]
-        others = ", ".join(order_classes(unknown_to_networks))
-        no_score = f"{len(unknown_to_networks)} slices of TestingData are not scored, nothing was trained on {others}"
-        return [*lines, *([shared] if both else []), *([no_score] if others else [])]
+        if both := len((tested & set(self.training["patient"])) - {""}):
+            lines.append(f"patients in both TrainingData and TestingData: {both}, so the test is optimistic")
+        others = labels[~labels.isin(["", *self.classes])]
+        if len(others):
+            names = ", ".join(order_classes(others))
+            lines.append(
+                f"{len(others)} slices of TestingData are not scored, nothing was trained on {names}"
+            )
+        if 0 < (labels == "").sum() < len(labels):
+            lines.append(f"{(labels == '').sum()} slices of TestingData are not scored, they have no label")
+        return lines
 
 
 def read_slices(data: Path) -> Slices:
@@ -66,15 +74,16 @@ def read_slices(data: Path) -> Slices:
     path = data / "manifest.csv"
     rows = _read_rows(path)
     usable = rows[rows["status"] == "ok"].sort_values("image", kind="stable")
-    train, test = (usable[usable["split"] == split] for split in ("train", "test"))
-    blank = _flags(train["blank"], path)
+    blank = _flags(usable["blank"], path)
     find_head = "run Step1_Image_Preprocessing.py with a ROI variant too, which finds the head"
     require(blank.notna().all(), f"{path} doesn't know which slices are blank: {find_head}")
-    left_out = {
-        "refused by Step 1": int((rows["status"] != "ok").sum()),
-        "blank, no brain to see": int((blank == 1).sum()),
-    }
-    train = train[blank == 0]
+    left_out = {}
+    for split, whose in (("train", ""), ("test", " (TestingData)")):
+        left_out[f"refused by Step 1{whose}"] = int((rows["status"][rows["split"] == split] != "ok").sum())
+        left_out[f"blank, no brain to see{whose}"] = int(blank[usable["split"] == split].sum())
+    windows = set(usable["roi_window"])
+    usable = usable[blank == 0]
+    train, test = (usable[usable["split"] == split] for split in ("train", "test"))
     require(len(train) > 0, f"{path} has no usable slice of TrainingData: put some there and {AGAIN}")
     require((usable["image"] != "").all(), f"{path} has rows that are ok but name no image: {AGAIN}")
     require((train["label"] != "").all(), f"{path} has training slices without a label: {AGAIN}")
@@ -87,7 +96,8 @@ def read_slices(data: Path) -> Slices:
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
     columns = ["image", "label", "patient", "source"]
     training, testing = (part[columns].reset_index(drop=True) for part in (train, test))
-    return Slices(training, testing, left_out, known, order_classes(named - set(classes)))
+    unusable, window = order_classes(named - set(classes)), windows.pop() if len(windows) == 1 else ""
+    return Slices(training, testing, left_out, known, unusable, window)
 
 
 def _read_rows(path: Path) -> pd.DataFrame:
@@ -98,7 +108,7 @@ def _read_rows(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} can't be read as a table ({err}): {AGAIN}") from err
     missing = {"image", "split", "label", "status", "blank"} - set(rows.columns)
     require(not missing, f"{path} lacks the columns {sorted(missing)}: {AGAIN}")
-    for column in ("patient", "source"):
+    for column in ("patient", "source", "roi_window"):
         rows[column] = rows.get(column, "")
     for column, words in (("status", {"ok", "failed"}), ("split", {"train", "test"})):
         wrong = sorted(set(rows[column]) - words)
@@ -135,10 +145,10 @@ def copies_in_words(slices: Slices, folder: Path) -> list[str]:
     """Return a sentence where a training slice is the same picture as one of another patient or class, testing
     slices included.
 
-    folder: a variant's pictures. The same pixels are the same bytes, and blank training slices are left out.
+    folder: a variant's pictures. The same pixels are the same bytes, and blank slices are left out.
     """
     rows = pd.concat([slices.training, slices.testing], ignore_index=True)
-    rows["picture"] = [hashlib.sha256((folder / image).read_bytes()).digest() for image in rows["image"]]
+    rows["picture"] = [sha256(folder / image) for image in rows["image"]]
     rows = rows[rows["picture"].isin(rows["picture"].iloc[: len(slices.training)])]
     whose = (rows["patient"] + "\0" + rows["label"]).groupby(rows["picture"]).transform("nunique")
     images = list(rows.loc[whose > 1, "image"])
@@ -148,9 +158,16 @@ def copies_in_words(slices: Slices, folder: Path) -> list[str]:
 
 
 def count_classes(slices: Slices) -> pd.DataFrame:
-    """Return the slices and patients of each class, DataFrame with a last row "together"."""
-    rows = slices.training
-    counts = rows.groupby("label").agg(slices=("image", "size"), patients=("patient", "nunique"))
-    counts = counts.reindex(list(slices.classes))
-    counts.loc["together"] = [len(rows), rows["patient"].nunique()]
-    return counts if slices.patient_level else counts.assign(patients="unknown")
+    """Return the slices and patients of each class, and together, in TrainingData and, where it is labelled,
+    in TestingData: DataFrame.
+    """
+    counts = pd.DataFrame(index=pd.Index([*slices.classes, "together"], name="label"))
+    for split, rows in (("training", slices.training), ("testing", slices.testing)):
+        rows = rows[rows["label"].isin(slices.classes)]
+        known = slices.patient_level if split == "training" else bool((rows["patient"] != "").all())
+        each = pd.concat([rows, rows.assign(label="together")]).groupby("label")
+        people = each["patient"].nunique().reindex(counts.index, fill_value=0)
+        if len(rows):
+            counts[f"{split} slices"] = each.size().reindex(counts.index, fill_value=0)
+            counts[f"{split} patients"] = people if known else "unknown"
+    return counts

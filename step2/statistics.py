@@ -20,6 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 from step2.bootstrap import ALPHA, DRAWS, MIN_PATIENTS, sum_by_patient
 from step2.classes import classes_of
 from step2.estimates import Cells, Estimates, mean_estimates, paired_correctness
+from step2.metrics import interval_of
 from step2.power import detectable_difference
 from step2.variants import BASELINE, step_pairs
 
@@ -27,7 +28,15 @@ EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to ch
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
     *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),
-    *("training_sd_high", "p_value", "p_holm", "p_mcnemar", "detectable", "band", "verdict"),
+    *(
+        "training_sd_high",
+        "p_value",
+        "p_holm",
+        "p_mcnemar_ignoring_patients",
+        "detectable",
+        "band",
+        "verdict",
+    ),
 ]
 BEST_DRAWS = 20_000  # of the largest of several t
 ALONE = "for these trained networks alone"
@@ -128,7 +137,9 @@ def contrast_row(declared: dict[str, Any], compared: Compared) -> dict[str, Any]
         **declared,
         **{"n_images": image.nunique(), "n_patients": compared.cells.patients},
         **row,
-        "p_mcnemar": exact_mcnemar(*(first[v] for v in pairs[0])) if len(pairs) == 1 else np.nan,
+        "p_mcnemar_ignoring_patients": exact_mcnemar(*(first[v] for v in pairs[0]))
+        if len(pairs) == 1
+        else np.nan,
     }
 
 
@@ -169,21 +180,16 @@ def pair_table(compared: Compared) -> pd.DataFrame:
 # ---------------------------------------- which is best
 
 
-def best_set(compared: Compared, seed: int = 0) -> pd.DataFrame:
+def best_set(
+    found: Estimates, variants: Sequence[str], seed: int = 0, draws: int = BEST_DRAWS
+) -> pd.DataFrame:
     """Return which variants can't be told from the best, by Hsu's multiple comparisons with the best (1984).
 
     DataFrame (variant, accuracy, in_best_set, best_other, difference, ci_low, ci_high, training_sd), most
     accurate first: a variant minus the best other one, with 95 % simultaneous intervals, so that the set holds
-    the truly best variant in 95 % of such studies. training_sd: as of contrast_table, NaN where all is for the
-    trained networks alone. The control only helps to know the training noise.
+    the truly best variant in 95 % of such studies. variants: those that compete; a control only helps to know the
+    training noise. training_sd: as of contrast_table, NaN where all is for the trained networks alone.
     """
-    return best_of(compared.found, compared.variants, seed)
-
-
-def best_of(
-    found: Estimates, variants: Sequence[str], seed: int = 0, draws: int = BEST_DRAWS
-) -> pd.DataFrame:
-    """Return best_set's table of some estimates. variants: those that compete, without a control."""
     k = len(variants)
     apart, reach = np.full((k, k), np.inf), np.zeros((k, k))  # inf: of a variant and itself
     for i, one in enumerate(variants if k > 1 else ()):
@@ -253,7 +259,7 @@ def verdict(row: pd.Series, margin: float = EQUIVALENCE, learning: Collection[st
         return not_estimable(row)
     said = control_verdict(row) if row["kind"] == "control" else difference_verdict(row, margin)
     alone = f", {ALONE}" if np.isnan(row["training_sd"]) else ""
-    unready = [v for v in learning if v in f"{row['a']} and {row['b']}".split(" and ")]
+    unready = [v for v in learning if any(v in pair for pair in row["pairs"])]
     return said + alone + (f" (still learning: {', '.join(unready)})" if unready else "")
 
 
@@ -266,17 +272,17 @@ def control_verdict(row: pd.Series) -> str:
 
 def difference_verdict(row: pd.Series, margin: float) -> str:
     """Return which side is better, whether both are equivalent, or that these data can't tell."""
-    a, b, band, size = row["a"], row["b"], band_position(row, margin), in_band(margin)
-    better, equal, unclear = f"{a} {{}} {b}", f"{a} and {b} are equivalent", f"{a} and {b} apart"
-    verbs = ("beats", "is worse than")
+    a, b, size, inside = row["a"], row["b"], in_band(margin), band_position(row, margin) == "inside"
+    better, worse = f"{a} beats {b}", f"{a} is worse than {b}"
+    equal, unclear = f"{a} and {b} are equivalent", f"{a} and {b} apart"
     if row["kind"] == "factorial":
         step = row["contrast"].removeprefix("effect of ")
-        better, equal = f"{step} {{}}", f"{step} makes no difference"
-        unclear, verbs = f"whether {step} helps or hurts", ("helps", "hurts")
+        better, worse = f"{step} helps", f"{step} hurts"
+        equal, unclear = f"{step} makes no difference", f"whether {step} helps or hurts"
     if is_significant(row):
-        text = f"{better.format(verbs[row['difference'] < 0])} by {in_points_unsigned(row)}"
-        return text + (f", less than the {size} that would matter" if band == "inside" else "")
-    if band == "inside":
+        text = f"{worse if row['difference'] < 0 else better} by {in_points_unsigned(row)}"
+        return text + (f", less than the {size} that would matter" if inside else "")
+    if inside:
         return f"{equal} within {size}: {in_points(row)}"
     why = ""
     if row["ci_low"] * row["ci_high"] > 0:  # p is larger than the interval says: by Holm, or sign_flip_floor
@@ -296,8 +302,15 @@ def in_band(margin: float) -> str:
 
 def in_points(row: pd.Series) -> str:
     """Return '+3.1 points (+1.2 to +5.0)', in percentage points of accuracy."""
-    values = [round(100 * row[key], 1) + 0.0 for key in ("difference", "ci_low", "ci_high")]
-    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*values).replace("-", "\N{MINUS SIGN}")
+    points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
+    return f"{points} points ({low} to {high})"
+
+
+def signed(points: float) -> str:
+    """Return '+3.1', an en dash where there is no number."""
+    if np.isnan(points):
+        return "\N{EN DASH}"
+    return f"{round(points, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def p_text(p: float) -> str:
@@ -387,10 +400,10 @@ def score_testing(
     commonest = where["label"][labelled].value_counts(normalize=True).max()
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
-        own = estimates.contrast(np.eye(len(correct.columns))[at])
-        low, high = max(own["ci_low"], 0.0), min(own["ci_high"], 1.0)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
             low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
+        else:
+            low, high = interval_of(estimates, variant)
         row = {"variant": variant, "slices": count, "patients": patients}
         row |= {"trained_on": both, "commonest": commonest}
         row |= {"right": round(value * count), "accuracy": value, "ci_low": low, "ci_high": high}

@@ -1,14 +1,16 @@
 """The answer in words: half a page of Markdown, results/summary.md, and a sentence under each figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from step2.bootstrap import DRAWS, POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of, guesses
+from step2.endpoints import ENDPOINTS
 from step2.metrics import METRIC_DRAWS, class_warnings, count_text, metric_of, with_interval
 from step2.report import OPTIMISTIC
+from step2.slices import Slices
 from step2.statistics import (
     ALONE,
     EQUIVALENCE,
@@ -17,11 +19,12 @@ from step2.statistics import (
     in_points_unsigned,
     is_significant,
     p_text,
+    signed,
     training_in_words,
 )
 from step2.variants import BASELINE
 
-MINUS = "\N{MINUS SIGN}"
+BOTH = ("sensitivity", "specificity")
 
 
 def summarize(
@@ -30,35 +33,37 @@ def summarize(
     metrics: pd.DataFrame,
     best: pd.DataFrame,
     caption: str,
-    patient_level: bool,
+    slices: Slices,
     *,
     endpoints: pd.DataFrame,
     testing: pd.DataFrame,
+    warned: Sequence[str] = (),
     convergence: Sequence[str] = (),
     learning: Sequence[str] = (),
     margin: float = EQUIVALENCE,
     part: str = "",
-    left_out: Mapping[str, int] | None = None,
 ) -> str:
     """Return the half-page summary, Markdown. convergence: the lines of convergence_lines.
 
-    learning: variants that did not converge. part: which part of the declared comparison this is, such as '3
-    of 5 folds'.
+    warned: what the data made the notebook warn of. learning: variants that did not converge. part: which part of
+    the declared comparison this is, such as '3 of 5 folds'.
     """
-    level = f" ({part})" * bool(part) + ("" if patient_level else OPTIMISTIC)
-    classes = classes_of(predictions)
+    level = f" ({part})" * bool(part) + ("" if slices.patient_level else OPTIMISTIC)
+    classes, first = classes_of(predictions), best["variant"].iloc[0]
     parts = [
         [f"# Does preprocessing matter?{level}", "", f"**{headline(contrasts, margin)}**"],
         [f"**Which is best?** {best_in_words(best, learning)}"],
-        data_lines(predictions, caption, patient_level, part, left_out or {}),
+        data_lines(predictions, caption, slices, part, warned),
         ["**Training.** " + training_in_words(contrasts), *(f"* {line}." for line in convergence)],
         [*accuracy_lines(metrics, best, testing), "", f"Accuracy of each variant{level}. {caption}."],
         [*contrast_lines(contrasts), "", f"Differences in accuracy{level}. {caption}."]
         if len(contrasts)
         else [],
         [f"**Any hemorrhage (secondary).** {endpoints_in_words(metrics, endpoints, classes)}"],
-        [f"**TestingData.** {testing_in_words(testing, patient_level)}"] if len(testing) else [],
-        limit_lines(patient_level, margin, HEALTHY in classes),
+        [f"**TestingData.** {testing_in_words(testing, first, slices.patient_level)}"]
+        if len(testing)
+        else [],
+        limit_lines(slices.patient_level, margin, HEALTHY in classes),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -75,8 +80,7 @@ def headline(table: pd.DataFrame, margin: float = EQUIVALENCE) -> str:
     answer = "; ".join(clear) or f"these data can't tell any variant and {BASELINE} apart{alone}"
     same = int((primary["band"] == "inside").sum())
     equal = f" {same} of {len(primary)} are within {in_band(margin)} of it." if same else ""
-    about = " All networks are trained on these patients."
-    return f"{answer[0].upper()}{answer[1:]}.{equal}{about}{detectable_text(primary)}"
+    return f"{answer[0].upper()}{answer[1:]}.{equal}{detectable_text(primary)}"
 
 
 def detectable_text(primary: pd.DataFrame) -> str:
@@ -88,13 +92,13 @@ def detectable_text(primary: pd.DataFrame) -> str:
         return " Data of this size are unlikely to show any difference, however large."
     span = " to ".join(dict.fromkeys((f"{reach.min():.1f}", f"{reach.max():.1f}")))
     return (
-        f" With data of this size, a true difference of {span} points would be found in "
-        f"{100 * POWER:.0f} % of such studies; much smaller ones are likely to be missed."
+        f" By the errors seen, a true difference of {span} points has a power of {100 * POWER:.0f} % here (at "
+        "Holm's first step); smaller ones may be missed."
     )
 
 
 def data_lines(
-    predictions: pd.DataFrame, caption: str, patient_level: bool, part: str, left_out: Mapping[str, int]
+    predictions: pd.DataFrame, caption: str, slices: Slices, part: str, warned: Sequence[str]
 ) -> list[str]:
     """Return the summary's lines about data and settings, list of str."""
     folds, repeats = predictions.groupby("repeat")["fold"].nunique().max(), predictions["repeat"].nunique()
@@ -105,16 +109,20 @@ def data_lines(
     design = f"{folds}-fold cross-validation" if folds > 1 else "one hold-out split"
     if part:
         design = f"{part} of the cross-validation (an interim look: run the notebook again to train the rest)"
-    unit, people = "The unit is the patient.", f" of {patient_ids(predictions).nunique()} patients"
-    if not patient_level:
+    unit = "Analysed by slice; split and resampled by patient, so that no network was tested on a patient it had seen."
+    people = f" of {patient_ids(predictions).nunique()} patients"
+    if not slices.patient_level:
         unit, people = "Patient ids are missing: all intervals are **slice-level, optimistic**.", ""
-    warned = class_warnings(predictions, patient_level)
-    without = "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    invented = " Phantoms are drawn by a program: nothing here is about patients." * ("phantom" in caption)
+    shown = {"": "", "header": " ROI keeps the header's window."}
+    window = shown.get(slices.roi_window, f" ROI shows the window {slices.roi_window} HU (centre, width).")
+    without = "; ".join(f"{count} {reason}" for reason, count in slices.left_out.items() if count)
+    lines = [*warned, *class_warnings(predictions, slices.patient_level)]
     return [
-        f"**Data and settings.** {caption}. Tested: {predictions['image'].nunique()} slices{people}; "
+        f"**Data and settings.** {caption}.{invented} Tested: {predictions['image'].nunique()} slices{people}; "
         f"{guessing}; {design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all "
-        f"variants. {unit}{f' Left out: {without}.' if without else ''}",
-        *(["", *(f"* Warning: {line}." for line in warned)] if warned else []),
+        f"variants. {unit}{window}{f' Left out: {without}.' if without else ''}",
+        *(["", *(f"* Warning: {line}." for line in lines)] if lines else []),
     ]
 
 
@@ -139,7 +147,9 @@ def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFr
 
 def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
-    head = "| comparison | points | 95 % interval | Holm p | seed noise, SD, points | verdict |"
+    head = (
+        f"| against {BASELINE}, or an effect | points | 95 % CI | Holm p | seed noise, SD, points | verdict |"
+    )
     lines = [head, "|---" * 6 + "|"]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
@@ -149,18 +159,13 @@ def contrast_lines(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def signed(points: float) -> str:
-    """Return '+3.1', an en dash where there is no number."""
-    return "\N{EN DASH}" if np.isnan(points) else f"{round(points, 1) + 0.0:+.1f}".replace("-", MINUS)
-
-
 def noise_text(sd: float) -> str:
     """Return an SD in points; "not seen" where the choice of patients hides it, an en dash where unknown."""
     return "\N{EN DASH}" if np.isnan(sd) else "not seen" if sd < 0.0005 else f"{100 * sd:.1f}"
 
 
 def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: tuple[str, ...]) -> str:
-    """Return what the clinical endpoint says, and where it ranks variants otherwise than accuracy does."""
+    """Return what the clinical endpoints say, and how many bleeding and healthy slices which variant finds."""
     if HEALTHY not in classes:
         return f"Left out: no class is called {HEALTHY}."
     others = [name for name in classes if name not in CLASSES]
@@ -180,20 +185,20 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
         found = "; ".join(clear) or none
         alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
         said.append(f"{name}, against {BASELINE}: {found}{alone}.")
-    values = metrics.pivot(index="variant", columns="metric", values="value")
-    accuracy, auc = (  # what is equal in one stands as in the other
-        list(values.sort_values(by, ascending=False).index)
-        for by in (["accuracy", "any_auc"], ["any_auc", "accuracy"])
-    )
-    if accuracy != auc:
-        said.append(f"By AUC the order differs from that by accuracy; best first: {', '.join(auc)}.")
+    lost = [name for name in ENDPOINTS if name not in set(endpoints["endpoint"])]
+    said += [f"{name}: not estimable, too few healthy slices in a fold." for name in lost]
+    accuracy = metrics[metrics["metric"] == "accuracy"].set_index("variant")["value"]
+    for variant in dict.fromkeys((BASELINE, accuracy.idxmax())):
+        if variant in accuracy:
+            found, spared = (with_interval(*metric_of(metrics, variant, f"any_{name}")) for name in BOTH)
+            said.append(f"{variant}, by the likeliest class: sensitivity {found} %, specificity {spared} %.")
     return " ".join(said)
 
 
-def testing_in_words(testing: pd.DataFrame, patient_level: bool) -> str:
-    """Return how the untouched slices agree with the cross-validation, in a sentence or two.
+def testing_in_words(testing: pd.DataFrame, first: str, patient_level: bool) -> str:
+    """Return what the untouched slices say of the variant that cross-validation ranked first, in a sentence or two.
 
-    patient_level: the patients of TrainingData are known.
+    The best one here would be picked by what is said of it. patient_level: TrainingData's patients are known.
     """
     slices, patients = testing["slices"].iloc[0], testing["patients"].iloc[0]
     known = np.isfinite(patients)
@@ -204,28 +209,33 @@ def testing_in_words(testing: pd.DataFrame, patient_level: bool) -> str:
     elif known:
         maybe = " who may be in TrainingData too (optimistic)"  # under no name
         whose += " that took part in nothing" if patient_level else maybe
-    top = testing[testing["accuracy"] == testing["accuracy"].max()]
-    lead = f"{slices} slices of {whose}, by the mean of each variant's networks"
-    who = "all variants" if len(top) == len(testing) > 1 else ", ".join(top["variant"])
-    best = f"{who} got the most right ({100 * top['accuracy'].iloc[0]:.0f} %"
-    best += f"; always saying the commonest class gets {100 * testing['commonest'].iloc[0]:.0f} %)"
+    right = with_interval(*testing.set_index("variant").loc[first, ["accuracy", "ci_low", "ci_high"]])
+    found = (
+        f"{first}, the most accurate in cross-validation, gets {right} % right; always saying the commonest "
+    )
+    found += f"class gets {100 * testing['commonest'].iloc[0]:.0f} %"
     over = "patients" if known else "slices, optimistic"
     alone = f"; intervals are over {over}, for these trained networks alone"
     few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
-    return f"{lead}: {best}{few}."
+    return f"{slices} slices of {whose}, by the mean of each variant's networks: {found}{few}."
 
 
 def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]:
     """Return limits and method, list of str. with_any: there are results about any hemorrhage."""
-    secondary = "Effects of steps and any hemorrhage" if with_any else "Effects of steps"
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
-        f"**Limits.** {both}All networks are trained on these patients: folds share training slices, so no interval "
-        "here speaks of a newly drawn training set, and that of a single variant's accuracy leaves out what moves all "
-        "variants together. The same seed gives the same table on one kind of machine; another machine's arithmetic "
-        "is another draw of the trainings. The contrasts were fixed in the code, "
-        "not preregistered. P values are Holm-corrected, among the comparisons with the baseline and among the "
-        f"effects; intervals are not. {secondary} are secondary. One network, one data set; no medical device.",
+        f"**Limits.** {both}Folds share training slices, so no interval here covers what a newly drawn training set "
+        "would change; that of a single variant's accuracy leaves out what moves all variants together. The accuracy "
+        "of whichever variant is highest is optimistic, as it was picked for it. Labels are those of the folders or "
+        "of the download, unchecked; accuracy and calibration are for the classes' shares in these data, not a "
+        "clinic's. The same seed gives the same table on one kind of machine; another machine's arithmetic is another "
+        "draw of the trainings. One network, one data set; no medical device.",
+        "",
+        f"**Which analysis is what.** Primary: the accuracy of each variant against {BASELINE}. Secondary: the effects "
+        f"of steps,{' any hemorrhage,' * with_any} and which variant may be best (95 % for all at once). Exploratory: "
+        "single pairs, classes, TestingData. Fixed in the code, not preregistered. Holm's correction runs among the "
+        f"primary comparisons, among the effects{', and within an endpoint of any hemorrhage' * with_any}, not across "
+        "them; other intervals are not corrected.",
         "",
         f"**Method.** A point is 1 % of the slices{', of an AUC 0.01' * with_any}; brackets are 95 % intervals. Paired "
         f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients ({METRIC_DRAWS:,} for "

@@ -9,7 +9,7 @@ from Step1_Image_Preprocessing import BUNDLES, EXTRA_VARIANTS, KNOWN_VARIANTS, V
 
 BASELINE = next(name for name, steps in VARIANTS.items() if not steps)
 IN_WORDS = {  # what a variant has more than another -> the effect's name
-    BUNDLES["roi"]: "ROI (mask and brain window)",
+    BUNDLES["roi"]: "ROI (mask and window)",
     BUNDLES["noblank"]: "noblank (skull black and crop)",
     ("windows",): "three windows instead of one",
     ("clahe",): "CLAHE",

@@ -13,7 +13,8 @@ from step2.folds import repeat_folds
 from step2.network import settle_weights
 from step2.runs import Comparison, make_comparison
 from step2.settings import Settings, read_settings
-from step2.slices import read_slices
+from step2.slices import Slices, read_slices
+from step2.statistics import Compared, best_set
 
 CLASSES = ("healthy", "intraparenchymal", "intraventricular", "subarachnoid", "subdural", "epidural")
 VARIANTS = ("0_Dicom2PNG", "1_ROI")
@@ -132,3 +133,13 @@ def random_table(
             )
             tables.append(table.assign(image=[f"{i}.png" for i in range(len(codes))]))
     return pd.concat(tables, ignore_index=True)
+
+
+def best_among(compared: Compared) -> pd.DataFrame:
+    """Return which variants of a comparison may be the best."""
+    return best_set(compared.found, compared.variants)
+
+
+def known_slices(left_out: dict[str, int] | None = None, roi_window: str = "") -> Slices:
+    """Return what a summary wants to know of the slices; all patients are known."""
+    return Slices(pd.DataFrame(), pd.DataFrame(), left_out or {}, True, (), roi_window)

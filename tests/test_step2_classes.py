@@ -7,7 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
-from step2_helpers import CLASSES, VARIANTS, make_comparison_for, random_table, some_slices, write_pictures
+from step2_helpers import (
+    CLASSES,
+    VARIANTS,
+    best_among,
+    known_slices,
+    make_comparison_for,
+    random_table,
+    some_slices,
+    write_pictures,
+)
 
 from step2 import engine, explain, figures, runs, summary
 from step2.classes import classes_of, guesses, order_classes, short_names
@@ -16,7 +25,7 @@ from step2.folds import fold_table, make_folds
 from step2.metrics import metric_table, patient_counts
 from step2.report import describe_runs
 from step2.slices import count_classes, read_slices
-from step2.statistics import best_set, compare, contrast_table, score_testing
+from step2.statistics import compare, contrast_table, score_testing
 
 FOREIGN = ("0", "1")  # as in TrainingData/0/, TrainingData/1/, which a table reads as numbers
 PAIR = ("healthy", "stroke")
@@ -212,7 +221,7 @@ def test_figures_and_summary_follow_the_classes(classes):
         figure.canvas.draw()
         plt.close(figure)
     endpoints = endpoint_table(table, n_draws=20)
-    given = (table, contrast_table(compared), metrics, best_set(compared), "caption", True)
+    given = (table, contrast_table(compared), metrics, best_among(compared), "caption", known_slices())
     text = summary.summarize(*given, endpoints=endpoints, testing=pd.DataFrame())
     assert f"{len(classes)} classes ({', '.join(classes)})" in text and "nan" not in text
     assert ("AUC" in text) == ("healthy" in classes)

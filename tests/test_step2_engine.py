@@ -291,7 +291,7 @@ def test_scheduler_that_goes_while_its_first_worker_is_awaited_is_explained():
 
 
 def test_address_that_needs_certificates_is_an_error():
-    with pytest.raises(RuntimeError, match="no Dask scheduler at tls://"), engine.clients_of("tls://a:1"):
+    with pytest.raises(RuntimeError, match="no Dask scheduler at tls://"), engine.client_of("tls://a:1"):
         pass
 
 
@@ -420,7 +420,7 @@ def test_address_of_a_web_server_is_an_error():
         answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
         Thread(target=lambda: server.accept()[0].sendall(answer), daemon=True).start()
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(RuntimeError, match="no Dask scheduler at"), engine.clients_of(address):
+        with pytest.raises(RuntimeError, match="no Dask scheduler at"), engine.client_of(address):
             pass
 
 
@@ -428,7 +428,7 @@ def test_cluster_whose_workers_would_train_several_runs_at_once_is_refused(monke
     workers = {"a": {"nthreads": 1}, "b": {"nthreads": 4}}
     monkeypatch.setattr(engine, "Client", lambda *given, **how: nullcontext())
     monkeypatch.setattr(engine, "wait_for_workers", lambda client: workers)
-    with pytest.raises(ValueError, match=r"4 threads .*--nthreads 1"), engine.clients_of("tcp://a:1"):
+    with pytest.raises(ValueError, match=r"4 threads .*--nthreads 1"), engine.client_of("tcp://a:1"):
         pass
 
 

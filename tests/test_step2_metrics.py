@@ -117,13 +117,21 @@ def test_interval_of_accuracy_holds_training_noise():
     found = compare(rows, n_draws=60).found
     row = metric_table(rows, n_draws=60).set_index(["variant", "metric"]).loc[("1_ROI", "accuracy")]
     assert found.training > 0
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval_of(found, "1_ROI", logit=False))
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval_of(found, "1_ROI"))
 
 
 def test_interval_of_accuracy_by_hand():
-    found = Estimates(("a", "b"), np.array([0.5, 0.6]), 1e-4 * np.eye(2), 0.0, 0.0, 0.25, (499, 20, 4))
-    half = stats.t.ppf(0.975, 499) * 0.01
-    assert interval_of(found, "b", logit=False) == pytest.approx((0.6 - half, 0.6 + half))
+    """Of the odds, 9 to 1, times and by the same factor."""
+    found = Estimates(("a", "b"), np.array([0.5, 0.9]), 1e-4 * np.eye(2), 0.0, 0.0, 0.25, (499, 20, 4))
+    factor = np.exp(stats.t.ppf(0.975, 499) * 0.01 / (0.9 * 0.1))
+    low, high = interval_of(found, "b")
+    assert (low / (1 - low), high / (1 - high)) == pytest.approx((9 / factor, 9 * factor))
+
+
+@pytest.mark.parametrize("metric", ["sensitivity_epidural", "any_specificity"])
+def test_interval_of_a_proportion_lies_within_0_and_1_and_is_no_wider_upwards(metric):
+    low, high = metric_interval(metric, 0.95, np.tile([0.85, 1.05], 500), 20)
+    assert 0.95 - low > high - 0.95 > 0 and high < 1
 
 
 def test_interval_of_a_metric_by_hand():

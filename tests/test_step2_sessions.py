@@ -9,7 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from step2_helpers import VARIANTS, make_comparison_for, make_settings, random_table, write_pictures
+from step2_helpers import (
+    VARIANTS,
+    best_among,
+    make_comparison_for,
+    make_settings,
+    random_table,
+    write_pictures,
+)
 
 from step2 import engine, training
 from step2.explain import draw_cams
@@ -18,7 +25,7 @@ from step2.network import InitialWeights, settle_weights
 from step2.report import make_caption
 from step2.runs import Comparison, Run, average_testing, collect_history, collect_predictions
 from step2.sessions import part_in_words, session_end, whole_part
-from step2.statistics import ALONE, best_set, compare, contrast_table
+from step2.statistics import ALONE, compare, contrast_table
 from step2.summary import summarize
 from step2.training import OutOfTime, epochs_in_time, tell_until
 
@@ -210,7 +217,8 @@ def test_caption_and_summary_say_which_part_it_is(last_two):
         [(name, m, 0.5, 0.4, 0.6) for name in VARIANTS for m in ("accuracy", "any_auc")],
         columns=["variant", "metric", "value", "ci_low", "ci_high"],
     )
-    given = (tested, contrast_table(compared), metrics, best_set(compared), caption, True)
+    compared_ = contrast_table(compared), metrics, best_among(compared)
+    given = (tested, *compared_, caption, last_two.slices)
     text = summarize(*given, endpoints=pd.DataFrame(), testing=pd.DataFrame(), part="2 of 3 folds")
     assert text.startswith("# Does preprocessing matter? (2 of 3 folds)\n")
     assert "; 2 of 3 folds of the cross-validation (an interim look: " in text

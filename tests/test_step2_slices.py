@@ -22,10 +22,25 @@ def read_instead(folder, table):
 def test_blank_and_refused_slices_are_left_out_and_counted(manifest, tmp_path):
     slices = read_slices(tmp_path)
     assert (len(slices.training), len(slices.testing), slices.patient_level) == (48, 3, True)
-    assert list(slices.left_out.values()) == [1, 1]
+    assert list(slices.left_out.values()) == [1, 1, 0, 0]
     assert not slices.training["image"].str.contains("blank|bad").any()
     left_out = read_instead(tmp_path, manifest[manifest["status"] == "ok"]).left_out
-    assert left_out == {"refused by Step 1": 0, "blank, no brain to see": 1}
+    assert left_out["refused by Step 1"] == 0 and left_out["blank, no brain to see"] == 1
+
+
+def test_testing_slices_are_left_out_like_training_slices_and_counted_apart(manifest, tmp_path):
+    tests = manifest.index[manifest["split"] == "test"]
+    manifest.loc[tests[0], "blank"], manifest.loc[tests[1], "status"] = "1", "failed"
+    slices = read_instead(tmp_path, manifest)
+    assert list(slices.testing["image"]) == [manifest.loc[tests[2], "image"]]
+    assert list(slices.left_out.values()) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("windows", "told"), [(["40,80"], "40,80"), (["header", "40,80"], ""), (None, "")])
+def test_roi_window_is_the_one_of_all_slices(manifest, tmp_path, windows, told):
+    if windows:
+        manifest["roi_window"] = [windows[row % len(windows)] for row in range(len(manifest))]
+    assert read_instead(tmp_path, manifest).roi_window == told
 
 
 @pytest.mark.parametrize(("no", "yes"), [("0.0", "1.0"), ("False", "TRUE"), ("false", " true "), ("0 ", "1")])
@@ -73,9 +88,14 @@ def test_training_slice_without_a_label_is_refused(manifest, tmp_path):
         read_instead(tmp_path, manifest)
 
 
-def test_testing_slices_may_have_no_label_and_be_blank(manifest, tmp_path):
-    manifest.loc[manifest["split"] == "test", ["label", "blank"]] = ["", "1"]
-    assert len(read_instead(tmp_path, manifest).testing) == 3
+def test_testing_slices_may_have_no_label(manifest, tmp_path):
+    tests = manifest.index[manifest["split"] == "test"]
+    manifest.loc[tests[0], "label"] = ""
+    warned = read_instead(tmp_path, manifest).warnings()
+    assert warned == ["1 slices of TestingData are not scored, they have no label"]
+    manifest.loc[tests, "label"] = ""  # as in a competition
+    slices = read_instead(tmp_path, manifest)
+    assert len(slices.testing) == 3 and slices.warnings() == []
 
 
 def test_usable_row_without_an_image_is_refused(manifest, tmp_path):
@@ -168,8 +188,9 @@ def test_testing_slices_without_a_patient_are_warned_of(manifest, tmp_path):
 
 def test_slices_and_patients_of_each_class_are_counted(manifest, tmp_path):
     counts = count_classes(read_slices(tmp_path))
-    assert counts.loc[list(CLASSES)].to_numpy().tolist() == [[8, 4]] * 6
-    assert counts.loc["together"].tolist() == [48, 24]
+    assert counts.loc[list(CLASSES), counts.columns[:2]].to_numpy().tolist() == [[8, 4]] * 6
+    assert counts.loc["together"].tolist() == [48, 24, 3, 3]
+    assert counts["testing slices"].tolist() == [1, 1, 1, 0, 0, 0, 3]
 
 
 def test_pictures_are_phantoms_only_where_all_names_are_theirs(manifest, tmp_path):

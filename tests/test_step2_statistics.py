@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from simulate_intervals import estimates, one_setting, simulate
-from step2_helpers import ALL_VARIANTS, CLASSES, prediction_table, random_table
+from step2_helpers import ALL_VARIANTS, CLASSES, best_among, known_slices, prediction_table, random_table
 
 from step2 import summary
 from step2.bootstrap import bootstrap_weights, patient_ids
@@ -24,11 +24,10 @@ from step2.estimates import (
     mean_estimates,
     paired_correctness,
 )
-from step2.metrics import class_warnings, metric_table
+from step2.metrics import class_warnings, metric_table, with_interval
 from step2.statistics import (
     band_position,
     best_in_words,
-    best_of,
     best_set,
     compare,
     contrast_table,
@@ -97,7 +96,7 @@ def test_simulation_may_take_the_limit_of_many_draws(patients, repeats):
     rows, right = simulate(np.random.default_rng(0), patients, 3, 0.02, np.zeros(7), repeats=repeats)
     drawn, limit = (estimates(list("abcdefgh"), rows, right, draws, 0) for draws in (4000, 0))
     assert limit.patients == pytest.approx(drawn.patients, rel=0.1, abs=1e-5)
-    assert limit.sampling == pytest.approx(drawn.sampling, rel=0.04)
+    assert limit.explained == pytest.approx(drawn.explained, rel=0.04)
     assert (limit.share, limit.freedom) == (pytest.approx(drawn.share), drawn.freedom)
     assert limit.spread == pytest.approx(drawn.spread)
 
@@ -140,7 +139,7 @@ def test_folds_of_few_patients_tell_training_noise_too():
     """Of 45 patients in 10 folds, many draws leave a fold empty: they say nothing, the others do."""
     table = random_table(45, 1, ALL_VARIANTS[:3], folds=10)
     found = compare(table, n_draws=400).found
-    assert found.sampling > 0 and np.isfinite(found.seen[0])
+    assert found.explained > 0 and np.isfinite(found.seen[0])
 
 
 def test_variants_that_allow_no_comparison_say_so():
@@ -169,7 +168,7 @@ def test_error_adds_both_sources_and_freedom_follows_from_both():
     quiet = some_estimates([0.5, 0.6], error=0.001, training=0.0004)
     degrees = quiet.errors(quiet.coefficients([("v1", "v0")]))[2]
     assert degrees == pytest.approx(20 * (0.0002 / 0.0004) ** 2, rel=0.05)  # of luck alone, a difference
-    quieter = replace(quiet, spread=0.0016, sampling=0.0012 / (1 + CAUTION))
+    quieter = replace(quiet, spread=0.0016, explained=0.0012 / (1 + CAUTION))
     assert quieter.errors(quieter.coefficients([("v1", "v0")]))[2] == 4  # of one variant's folds
 
 
@@ -193,7 +192,7 @@ def test_a_p_just_above_the_limit_does_not_look_significant(p, text):
 
 
 def test_best_set_holds_what_cannot_be_told_from_the_best():
-    best = best_of(some_estimates([0.60, 0.79, 0.80, 0.70]), ["v0", "v1", "v2", "v3"])
+    best = best_set(some_estimates([0.60, 0.79, 0.80, 0.70]), ["v0", "v1", "v2", "v3"])
     assert list(best["variant"]) == ["v2", "v1", "v3", "v0"]
     assert list(best["in_best_set"]) == [True, True, False, False]
     assert best["difference"].tolist() == pytest.approx([0.01, -0.01, -0.10, -0.20])
@@ -204,7 +203,7 @@ def test_best_set_holds_what_cannot_be_told_from_the_best():
 def test_dunnett_quantile_agrees_with_its_published_value():
     """Two comparisons, many degrees of freedom, correlation 0.5, one-sided 5 %: 1.92 (Dunnett 1955)."""
     found = some_estimates([0.5, 0.5, 0.5])
-    one_sided = best_of(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / (0.01 * 2**0.5)
+    one_sided = best_set(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / (0.01 * 2**0.5)
     assert one_sided == pytest.approx(1.92, abs=0.03)
 
 
@@ -213,20 +212,20 @@ def test_what_little_is_known_of_twins_widens_no_other_difference():
     lone = some_estimates([0.5, 0.56, 0.55], error=0.01, training=0.0002)
     near = some_estimates([0.5, 0.56, 0.55, 0.5], error=0.01, training=0.0002)
     near.patients[2:, 2:] = 1e-4 * np.array([[1, 0.9999], [0.9999, 1]])
-    ends = [best_of(found, found.names).set_index("variant")["ci_high"] for found in (lone, near)]
+    ends = [best_set(found, found.names).set_index("variant")["ci_high"] for found in (lone, near)]
     assert near.errors(near.coefficients([("v2", "v3")]))[2] < 6
     assert 0.02 < ends[0]["v2"] < ends[1]["v2"] < 1.15 * ends[0]["v2"]  # of three differences instead of two
 
 
 def test_a_clear_winner_is_alone_in_the_best_set():
-    best = best_of(some_estimates([0.5, 0.9, 0.6]), ["v0", "v1", "v2"])
+    best = best_set(some_estimates([0.5, 0.9, 0.6]), ["v0", "v1", "v2"])
     assert best_in_words(best) == "Best: v1; worse: v2, v0."
     assert best["ci_low"].iloc[0] == 0
 
 
 def test_fewer_than_10_patients_tell_no_best_variant():
     found = some_estimates([0.1, 0.9])
-    nine, ten = (best_of(replace(found, freedom=(n - 1, 20, 4)), found.names) for n in (9, 10))
+    nine, ten = (best_set(replace(found, freedom=(n - 1, 20, 4)), found.names) for n in (9, 10))
     assert nine["in_best_set"].all() and nine["ci_high"].isna().all()
     assert not ten["in_best_set"].all()
 
@@ -236,7 +235,7 @@ def test_variants_that_predict_alike_share_the_best_set():
     labels = [CLASSES[i % 6] for i in range(24)]
     calls = dict.fromkeys(("0_Dicom2PNG", "1_ROI"), labels[:12] + labels[:1] * 12)
     table = prediction_table(calls, labels, [f"P{i}" for i in range(24)])
-    best = best_set(compare(table, n_draws=100))
+    best = best_among(compare(table, n_draws=100))
     assert best["in_best_set"].all()
 
 
@@ -276,7 +275,7 @@ def test_difference_by_hand():
     d = np.r_[np.full(8, 0.5), np.zeros(4)]  # of each patient; of equal sizes, so its mean's error holds
     half = 2.200985 * d.std(ddof=1) / np.sqrt(12)  # t of 11 degrees of freedom
     assert row["ci_high"] - row["difference"] == pytest.approx(half, rel=0.03)
-    assert row["p_mcnemar"] == pytest.approx(2 / 2**8)
+    assert row["p_mcnemar_ignoring_patients"] == pytest.approx(2 / 2**8)
     assert row["verdict"].startswith("1_ROI beats 0_Dicom2PNG by 33.3 points (1")
 
 
@@ -370,6 +369,7 @@ def test_verdict(difference, low, high, p, words):
 
 def test_verdict_names_what_is_still_learning():
     row = some_row(difference=0.03, ci_low=0.01, ci_high=0.05, p_holm=0.01)
+    row["pairs"] = [("1_ROI", "0_Dicom2PNG")]
     assert verdict(row, learning=["0_Dicom2PNG", "2_ROI+CLAHE"]).endswith("(still learning: 0_Dicom2PNG)")
     assert "learning" not in verdict(row)
 
@@ -408,15 +408,17 @@ def test_testing_slices_are_scored_by_patients():
 
 
 def test_testing_in_words_names_no_patients_that_nothing_names():
-    lead = "24 slices of {}, by the mean of each variant's networks: 1_ROI got the most right (83 %; "
-    lead += "always saying the commonest class gets 100 %); "
+    lead = "24 slices of {}, by the mean of each variant's networks: 0_Dicom2PNG, the most accurate in "
+    lead += "cross-validation, gets {} % right; always saying the commonest class gets 100 %; "
     lead += "intervals are over {}, for these trained networks alone."
     for known, whose, over in (
         (True, "12 patients that took part in nothing", "patients"),
         (False, "patients that nothing names", "slices, optimistic"),
     ):
         table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}, known=known)
-        assert summary.testing_in_words(table, patient_level=True) == lead.format(whose, over)
+        right = with_interval(*table.loc[0, ["accuracy", "ci_low", "ci_high"]])
+        said = summary.testing_in_words(table, "0_Dicom2PNG", patient_level=True)
+        assert said == lead.format(whose, right, over) and right.startswith("33.3 (")
 
 
 def test_testing_slices_all_right_and_too_few_patients():
@@ -437,7 +439,7 @@ def assert_words_without_nan(table, control=None):
     compared, metrics = compare(table, control, n_draws=300), metric_table(table, n_draws=100)
     found = contrast_table(compared)
     none = {"endpoints": pd.DataFrame(), "testing": pd.DataFrame()}
-    summary = summarize(table, found, metrics, best_set(compared), "caption", True, **none)
+    summary = summarize(table, found, metrics, best_among(compared), "caption", known_slices(), **none)
     assert "nan" not in " ".join([*found["verdict"], summary]).lower().replace("variant", "")
     assert found["verdict"].str.len().gt(10).all()
     return found
@@ -535,7 +537,7 @@ def test_testing_patients_that_are_in_training_too_did_take_part():
         predicted=["epidural"] * 20 + ["healthy"] * 4, p_healthy=0.5, p_epidural=0.5
     )
     table = score_testing({"0_Dicom2PNG": found}, testing, ["P1", "P2", "other"], n_draws=60)
-    said = summary.testing_in_words(table, patient_level=True)
+    said = summary.testing_in_words(table, "0_Dicom2PNG", patient_level=True)
     assert said.startswith(
         "24 slices of 12 patients, 2 of them in TrainingData too (optimistic), by the mean"
     )
@@ -586,9 +588,8 @@ def test_testing_patients_partly_known():
     testing = pd.DataFrame({"image": [f"{i}.png" for i in range(24)], "label": "epidural"})
     testing["patient"] = [f"P{i // 2}" if i < 22 else "" for i in range(24)]
     found = testing[["image"]].assign(predicted="epidural", p_healthy=0.5, p_epidural=0.5)
-    said = summary.testing_in_words(
-        score_testing({"a": found}, testing, ["P1"], n_draws=60), patient_level=True
-    )
+    table = score_testing({"a": found}, testing, ["P1"], n_draws=60)
+    said = summary.testing_in_words(table, "a", patient_level=True)
     assert "nothing names" not in said and "1 of them in TrainingData too" in said
 
 
@@ -597,24 +598,37 @@ def test_summary_says_what_was_left_out_and_what_the_commonest_class_gets_in_tes
     compared, metrics = compare(table, n_draws=60), metric_table(table, n_draws=20)
     rest = {"endpoints": pd.DataFrame(), "testing": score_of({"0_Dicom2PNG": 20, "1_ROI": 20})}
     left_out = {"refused by Step 1": 4, "blank, no brain to see": 0}
-    given = (table, contrast_table(compared), metrics, best_set(compared), "caption", True)
-    text = summarize(*given, **rest, left_out=left_out, learning=["1_ROI"])
+    given = (
+        table,
+        contrast_table(compared),
+        metrics,
+        best_among(compared),
+        "caption",
+        known_slices(left_out),
+    )
+    text = summarize(*given, **rest, learning=["1_ROI"], warned=["copies"])
     assert "Still learning: 1_ROI.\n" in text
-    assert "who may be in TrainingData too" in summarize(*given[:-1], False, **rest)
-    assert "The unit is the patient. Left out: 4 refused by Step 1.\n" in text
-    assert "all variants got the most right (83 %; always saying the commonest class gets 100 %)" in text
+    assert "who may be in TrainingData too" in summarize(
+        *given[:-1], replace(known_slices(), patient_level=False), **rest
+    )
+    assert "so that no network was tested on a patient it had seen. Left out: 4 refused by Step 1.\n" in text
+    assert "\n* Warning: copies.\n" in text
+    first = best_among(compared)["variant"].iloc[0]
+    right = with_interval(*rest["testing"].loc[0, ["accuracy", "ci_low", "ci_high"]])  # of both
+    found = f"{first}, the most accurate in cross-validation, gets {right} % right; always saying"
+    assert f"{found} the commonest class gets 100 %; intervals" in text
 
 
 def test_testing_patients_may_be_those_that_training_does_not_know():
     table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20})
-    said = summary.testing_in_words(table, patient_level=False)
+    said = summary.testing_in_words(table, "0_Dicom2PNG", patient_level=False)
     assert said.startswith(
         "24 slices of 12 patients who may be in TrainingData too (optimistic), by the mean"
     )
 
 
 def test_best_set_names_what_is_still_learning():
-    best = best_set(compare(random_table(60, 2, ALL_VARIANTS[:2], folds=3), n_draws=60))
+    best = best_among(compare(random_table(60, 2, ALL_VARIANTS[:2], folds=3), n_draws=60))
     assert best_in_words(best, ["1_ROI"]).endswith(" Still learning: 1_ROI.")
     assert "learning" not in best_in_words(best)
 
@@ -659,14 +673,14 @@ def test_detectable_difference_is_that_of_a_t_test_corrected_within_its_family()
 def test_dunnett_with_training_noise():
     found = replace(some_estimates([0.5, 0.5, 0.5], training=0.0016), freedom=(10**6,) * 3)
     error = np.hypot(*found.errors(found.coefficients([("v1", "v0")]))[:2])
-    assert best_of(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / error == pytest.approx(1.92, abs=0.03)
+    assert best_set(found, ["v0", "v1", "v2"])["ci_high"].iloc[0] / error == pytest.approx(1.92, abs=0.03)
 
 
 def test_repeats_make_no_slices_and_no_smaller_mcnemar():
     labels, patients = ["epidural"] * 24, [f"P{i // 2}" for i in range(24)]
     calls = {"1_ROI": labels * 2, "0_Dicom2PNG": (["healthy"] * 6 + labels[6:]) * 2}
     row = contrast_table(compare(prediction_table(calls, labels, patients, repeats=2), n_draws=60)).iloc[0]
-    assert row["n_images"] == 24 and row["p_mcnemar"] == pytest.approx(2 / 2**6)
+    assert row["n_images"] == 24 and row["p_mcnemar_ignoring_patients"] == pytest.approx(2 / 2**6)
 
 
 def test_simulation_can_make_some_variants_noisy():

@@ -2,11 +2,11 @@
 
 import pandas as pd
 import pytest
-from step2_helpers import ALL_VARIANTS, prediction_table, random_table
+from step2_helpers import ALL_VARIANTS, best_among, known_slices, prediction_table, random_table
 
 from step2 import summary
 from step2.metrics import metric_table, worst_mistakes
-from step2.statistics import best_in_words, best_set, compare, contrast_table, pair_table
+from step2.statistics import best_in_words, compare, contrast_table, pair_table
 from step2.summary import (
     detectable_text,
     headline,
@@ -18,9 +18,16 @@ from step2.summary import (
 )
 
 
-def test_answer_says_on_which_patients_networks_were_trained():
-    table = random_table(30, 2, ALL_VARIANTS[:2], folds=2)
-    assert "trained on these patients" in headline(contrast_table(compare(table, n_draws=60)))
+def test_summary_says_which_window_roi_showed_and_that_phantoms_are_no_patients():
+    table = random_table(12, 2, ALL_VARIANTS[:2], folds=2)
+
+    def said(window, caption="90 slices"):
+        return summary.data_lines(table, caption, known_slices(roi_window=window), "", [])[0]
+
+    assert " ROI shows the window 50,130 HU (centre, width)." in said("50,130")
+    assert " ROI keeps the header's window." in said("header") and "ROI" not in said("")
+    assert "nothing here is about patients" in said("", "90 phantom slices")
+    assert "about patients" not in said("")
 
 
 def test_reliability_says_how_far_confidence_is_off():
@@ -55,7 +62,7 @@ def test_mistakes_name_the_most_frequent_confusion():
     [
         (
             [0.05, 0.0721],
-            " With data of this size, a true difference of 5.0 to 7.2 points would be found in 80 %",
+            " By the errors seen, a true difference of 5.0 to 7.2 points has a power of 80 % here",
         ),
         ([0.9, 1.21], " Data of this size are unlikely to show any difference, however large."),
         ([], ""),
@@ -79,7 +86,7 @@ def test_forest_counts_what_holms_correction_leaves_and_not_intervals_beside_0()
 
 def test_no_variant_may_be_best_where_that_is_not_estimable():
     table = random_table(8, 4, ALL_VARIANTS[:3], folds=2)
-    best = best_set(compare(table, n_draws=50))
+    best = best_among(compare(table, n_draws=50))
     lines = summary.accuracy_lines(metric_table(table, n_draws=20), best, pd.DataFrame())
     assert "yes" not in "".join(lines)
 
@@ -158,6 +165,6 @@ def test_best_of_a_single_split_is_so_for_its_networks_alone(told_apart):
     for table in (one, folds):
         right = (table["variant"] == "1_ROI") & told_apart
         table["predicted"] = table["predicted"].mask(right, table["label"])
-    alone, both = (best_in_words(best_set(compare(table, n_draws=60))) for table in (one, folds))
+    alone, both = (best_in_words(best_among(compare(table, n_draws=60))) for table in (one, folds))
     assert alone.endswith(", for these trained networks alone.") and alone.startswith("Best:") == told_apart
     assert "alone" not in both

@@ -10,7 +10,7 @@ ZERO, ROI, CLAHE, BILATERAL, NOBLANK, NOBLANK_CLAHE, NOBLANK_BILATERAL = ALL_VAR
 EXTRA = ("7_Window", "8_Mask", "9_ROI+crop", "10_ROI+noskull", "11_ROI+windows")
 WINDOW, MASK, CROP, NOSKULL, WINDOWS = EXTRA
 OF_THE_SEVEN = {
-    "ROI (mask and brain window)": [(ROI, ZERO)],
+    "ROI (mask and window)": [(ROI, ZERO)],
     "CLAHE": [(CLAHE, ROI), (NOBLANK_CLAHE, NOBLANK)],
     "bilateral": [(BILATERAL, CLAHE), (NOBLANK_BILATERAL, NOBLANK_CLAHE)],
     "noblank (skull black and crop)": [
@@ -42,7 +42,7 @@ def test_variant_of_the_users_own_pairs_like_the_others(monkeypatch):
     table = {**variants.KNOWN_VARIANTS, mine: ("roi", "bilateral")}
     monkeypatch.setattr(variants, "KNOWN_VARIANTS", table)
     assert step_pairs([ZERO, ROI, CLAHE, BILATERAL, mine]) == {
-        "ROI (mask and brain window)": [(ROI, ZERO)],
+        "ROI (mask and window)": [(ROI, ZERO)],
         "CLAHE": [(CLAHE, ROI), (BILATERAL, mine)],
         "bilateral": [(BILATERAL, CLAHE), (mine, ROI)],
     }

@@ -72,7 +72,7 @@ def one_pair(first: pd.DataFrame, second: pd.DataFrame, variant: str, draws: int
     if list(control["fold"]) != list(of_first):
         alone = compare(first, None, draws).found
         degrees = (found.freedom[0], *alone.freedom[1:])
-        found = replace(found, spread=alone.spread, sampling=alone.sampling, freedom=degrees)
+        found = replace(found, spread=alone.spread, explained=alone.explained, freedom=degrees)
     return found.contrast(found.coefficients(control_pair))
 
 
@@ -164,7 +164,7 @@ def z_of(t: pd.Series, freedom: pd.Series) -> pd.Series:
 def training_sd(tables: Sequence[pd.DataFrame], draws: int) -> float:
     """Return the SD of a training, accuracy, from the mean over seeds of what patients don't explain."""
     seeds = [compare(table, None, draws).found for table in tables]
-    return max(float(np.mean([found.spread - found.sampling for found in seeds])), 0.0) ** 0.5
+    return max(float(np.mean([found.spread - found.explained for found in seeds])), 0.0) ** 0.5
 
 
 def rms(values: pd.Series) -> float:

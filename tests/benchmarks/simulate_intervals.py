@@ -29,7 +29,7 @@ from scipy.stats import norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.bootstrap import sum_by_patient
 from step2.estimates import Cells, Estimates, degrees_of_freedom, find_cells, interaction, mean_estimates
-from step2.statistics import best_of, holm
+from step2.statistics import best_set, holm
 
 VARIANTS = 7  # and a control of the first
 OWN, CALL, TWINS = 0.15, 0.15, 0.85  # variances; the share of theirs that twins have in common
@@ -158,12 +158,12 @@ def one_setting(
         alone = [patients_alone(row, found.freedom[0]) for row in both]
         known["width"] += [width_of(row, found.freedom[0]) for row in both]
         known["twins width"] += [width_of(row, found.freedom[0]) for row in twins]
-        known["sd"].append(found.spread - found.sampling)
+        known["sd"].append(found.spread - found.explained)
         known["twins"] += [row["p_value"] < 0.05 for row in twins]
         if gain:
             known["covered"] += [row["ci_low"] <= gain <= row["ci_high"] for row in both]
             guess = one_table(0.02 * (np.arange(VARIANTS) == best_one), number)  # truly the best, by little
-            best = best_of(guess, names, number, BEST_DRAWS).set_index("variant")
+            best = best_set(guess, names, number, BEST_DRAWS).set_index("variant")
             known["best"].append(best.loc[names[best_one], "in_best_set"])
             continue
         for key, several in (("one", both), ("alone", alone)):
