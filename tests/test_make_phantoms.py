@@ -305,7 +305,7 @@ def test_the_shipped_files_are_those_of_the_default_plan(phantoms):
     shipped = {p.relative_to(SCRIPT.parent).as_posix(): p for p in SCRIPT.parent.glob("T*/**/*.dcm")}
     assert shipped.keys() == planned.keys()
     assert sum(path.stat().st_size for path in shipped.values()) < 22e6
-    lines = (SCRIPT.parent / "TestingData_labels.csv").read_text().splitlines()
+    lines = (SCRIPT.parent / "TestingData_labels.csv").read_text(encoding="utf-8").splitlines()
     truth = sorted(f"{p.partition('/')[2]},{s.label}" for p, s in planned.items() if p.startswith("Test"))
     assert lines == ["image,label", *truth]
     for path, item in list(planned.items())[::35]:
@@ -444,7 +444,8 @@ def test_labels_written_are_those_of_testing(phantoms, tmp_path, monkeypatch):
     assert phantoms.main(args) == 0
     planned = [s for s in phantoms.plan_slices(1, 2, 0) if s.path.startswith("TestingData/")]
     lines = sorted(f"{Path(s.path).name},{s.label}" for s in planned)
-    assert (tmp_path / "TestingData_labels.csv").read_text().splitlines() == ["image,label", *lines]
+    written = (tmp_path / "TestingData_labels.csv").read_text(encoding="utf-8").splitlines()
+    assert written == ["image,label", *lines]
 
 
 def test_header_has_the_geometry_and_the_window_of_its_scanner(phantoms):

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from conftest import make_ct, plain_head, save_ct
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -26,6 +29,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLSLossless,
+    LegacyConvertedEnhancedCTImageStorage,
     MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
     RLELossless,
     SecondaryCaptureImageStorage,
@@ -316,12 +320,17 @@ REFUSED = {
     "no pixels": (changed(PixelData=None), "PixelData"),
     "float pixels": (float_pixels, "float"),
     "colour": (changed(PhotometricInterpretation="RGB", SamplesPerPixel=3), "Photometric"),
+    "three samples": (changed(SamplesPerPixel=3), "PhotometricInterpretation (0028,0004) is not grey"),
     "palette": (changed(PhotometricInterpretation="PALETTE COLOR"), "Photometric"),
     "MR": (changed(Modality="MR"), "Modality"),
     "no modality": (changed(Modality=None), "Modality"),
     "localizer": (changed(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "LOCALIZER"),
     "multi-frame": (changed(NumberOfFrames=2), "NumberOfFrames"),
     "enhanced CT": (changed(SOPClassUID=EnhancedCTImageStorage), "is Enhanced CT Image Storage"),
+    "enhanced CT of old slices": (
+        changed(SOPClassUID=LegacyConvertedEnhancedCTImageStorage),
+        "is Legacy Converted",
+    ),
     "DICOMDIR": (dicomdir, "DICOMDIR"),
     "RT structures": (other_object(Modality="RTSTRUCT"), "Modality"),
     "video": (changed(Modality="ES", NumberOfFrames=9), "Modality"),
@@ -366,16 +375,17 @@ def test_refused_with_the_reason(make, word, tmp_path):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_codestream_that_claims_too_much_is_refused_before_the_memory_is_taken(tmp_path):
+def test_codestream_that_claims_too_much_is_refused_before_a_decoder_takes_the_memory(tmp_path, monkeypatch):
     ct = make_ct(plain_head(64))
     ct.compress(JPEG2000Lossless, encoding_plugin="pylibjpeg")
     data = bytearray(ct.PixelData)
     siz = data.find(b"\xff\x4f\xff\x51")
     data[siz + 8 : siz + 16] = struct.pack(">II", 50_000, 50_000)
     ct.PixelData = bytes(data)
-    started = time.monotonic()
+    decoded = []
+    monkeypatch.setattr(step1, "pixel_array", lambda ds, **options: decoded.append(ds))
     assert "50000" in reason_of(save(tmp_path / "a", ct), tmp_path)
-    assert time.monotonic() - started < 2
+    assert not decoded
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on Windows")
@@ -385,12 +395,51 @@ def test_fifo_is_refused_and_blocks_nothing(tmp_path):
 
 
 def test_reasons_name_no_patient(tmp_path):
-    ct = make_ct(GOOD)
-    ct.file_meta.TransferSyntaxUID = RLELossless
-    ct.PixelData = encapsulate([b"SECRET-ID" * 99])
-    row = convert(save(tmp_path / "a", ct), tmp_path)
+    path = save_ct(tmp_path / "a", GOOD, NumberOfFrames="1234567890")
+    path.write_bytes(path.read_bytes().replace(b"1234567890", b"SECRET-ID "))
+    with pytest.raises(step1.UnsuitableFile) as refused:
+        step1.decode(step1.read_dicom(path))
+    assert "SECRET-ID" in str(refused.value.__cause__)  # else this test shows nothing
+    row = convert(path, tmp_path)
     assert row["status"] == "failed"
     assert "SECRET" not in str(row)
+
+
+def test_decoder_in_rust_that_panics_costs_its_file_alone(tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panic(ds, **options):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(step1, "pixel_array", panic)
+    assert "can't be decoded (index out of bounds)" in reason_of(save_ct(tmp_path / "a", GOOD), tmp_path)
+
+
+def test_interrupt_in_a_decoder_is_no_fault_of_its_file(tmp_path, monkeypatch):
+    def interrupted(ds, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step1, "pixel_array", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(save_ct(tmp_path / "a", GOOD), tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_memory_limit_of_the_system_that_is_lower_than_ours_is_no_obstacle(tmp_path):
+    code = """
+import resource, sys
+from pathlib import Path
+import Step1_Image_Preprocessing as step1
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+folder = Path(sys.argv[1])
+row = step1.process(step1.Task("a", folder / "a", "a.png", ("0_Dicom2PNG",)), step1.Settings(folder, None, b"k"))
+print(row["status"])
+"""
+    save_ct(tmp_path / "a", GOOD)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    assert done.stdout == "ok\n", done.stderr
 
 
 # ---------------------------------------- whole runs
@@ -465,6 +514,23 @@ def test_step_that_runs_out_of_memory_costs_its_file_alone(raw, monkeypatch, err
     assert "memory" in reason_of(next((raw / "TrainingData").rglob("*.dcm")), raw.parent)
 
 
+def test_tasks_are_taken_no_further_ahead_of_the_results_than_asked():
+    taken, waiting = [], {}
+
+    def submit(task):
+        taken.append(task)
+        future = Future()
+        if task == 0:
+            future.set_result({})
+        return future
+
+    for results, _ in enumerate(step1.bounded(submit, range(20), 3, waiting, ())):
+        assert len(taken) <= results + 3
+        for oldest in list(waiting)[:1]:
+            oldest.set_result({})
+    assert taken == list(range(20))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.processes
 def test_processes_killed_from_outside_are_replaced_and_no_file_is_lost(raw):
@@ -484,15 +550,15 @@ def test_processes_killed_from_outside_are_replaced_and_no_file_is_lost(raw):
 def children(pid):
     """Return the processes that another one started with Step 1's spawn."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            command = (folder / "cmdline").read_bytes()
-        except OSError:  # it has just ended
-            continue
-        if parent == pid and b"spawn_main" in command:
-            found.append(int(folder.name))
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            found += [child.pid] * ("spawn_main" in " ".join(child.cmdline()))
     return found
+
+
+def seconds_at_work(pids):
+    """Return the processor time of the busiest of these processes, 0 where there is none."""
+    return max((psutil.Process(pid).cpu_times().user for pid in pids), default=0)
 
 
 def start(raw, output="out", new_session=False):
@@ -518,11 +584,15 @@ def start(raw, output="out", new_session=False):
     )
 
 
-def wait_for_png(folder):
-    limit = time.monotonic() + 30
-    while not any(folder.rglob("*.png")):
+def wait_until(there):
+    limit = time.monotonic() + 60
+    while not there():
         assert time.monotonic() < limit
         time.sleep(0.01)
+
+
+def wait_for_png(folder):
+    wait_until(lambda: any(folder.rglob("*.png")))
 
 
 def many(raw, count):
@@ -558,14 +628,13 @@ def test_killed_at_any_moment_only_whole_files_stay_and_the_next_run_completes_t
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.processes
-def test_interrupt_stops_within_two_seconds_and_says_how_to_go_on(raw):
+def test_interrupt_stops_before_the_rest_is_done_and_says_how_to_go_on(raw):
     many(raw, 60)
     process = start(raw)
     wait_for_png(raw.parent / "out")
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 2
+    _, errors = process.communicate(timeout=60)
+    assert "" in {row["status"] for row in rows_of(raw).values()}
     assert process.returncode == 130
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
@@ -577,11 +646,9 @@ def test_interrupt_while_the_processes_start_is_as_clean(raw):
     """As a terminal sends it: to the program and all of its processes."""
     many(raw, 60)
     process = start(raw, new_session=True)
-    while not (raw.parent / "out" / ".patient_key").exists():
-        time.sleep(0.01)
-    time.sleep(0.3)
+    wait_until(lambda: seconds_at_work(children(process.pid)) > 0.1)  # so they import
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
 
@@ -623,16 +690,18 @@ def test_links_that_loop_or_leave_the_input_are_refused(raw, tmp_path):
     folder = raw / "TrainingData" / "healthy"
     save_ct(tmp_path / "outside.dcm", GOOD)
     (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
     (folder / "leaves").symlink_to(tmp_path / "outside.dcm")
     (folder / "folder").symlink_to(raw, target_is_directory=True)
     (folder / "inside").symlink_to("00.dcm")
     assert run(raw) == 1
     rows = rows_of(raw)
-    assert "link" in rows["loop"]["reason"]
+    assert "a link that ends nowhere" in rows["loop"]["reason"]
+    assert "a link that ends nowhere" in rows["dangling"]["reason"]
     assert "out of the input folder" in rows["leaves"]["reason"]
     assert "linked" in rows["folder"]["reason"]
     assert rows["inside"]["status"] == "ok"
-    assert len(rows) == 16
+    assert len(rows) == 17
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")

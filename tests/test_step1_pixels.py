@@ -300,6 +300,17 @@ def test_head_mask_cuts_a_holder_wall_that_touches_the_skin():
     assert (head & ~mask).sum() < 0.005 * head.sum()
 
 
+def test_head_mask_cuts_the_soft_edge_of_a_holder_wall_that_touches_the_skin():
+    """Of two pixels, as partial volume makes it."""
+    hu = plain_head(512)
+    edge, wall = np.zeros((2, 512, 512), bool)
+    wall[152:398, 438:444] = True
+    edge[150:400, 436:446] = True  # x = 435 is the head's rightmost pixel
+    edge &= ~wall
+    hu[edge], hu[wall] = 0, 300
+    assert step1.head_mask(hu.astype(np.float32))[edge].mean() < 0.1
+
+
 def test_head_mask_keeps_a_long_wall_as_dense_as_bone():
     """The edge of an open jaw or of a sinus: long, partly outside, but above 600 HU somewhere."""
     hu = plain_head(512)
@@ -374,6 +385,25 @@ def test_head_mask_keeps_a_nose_that_goes_far_along_bone():
     hu[nose & (hu == -1000)] = 30
     hu[10:120, 253:257] = 700
     assert step1.head_mask(hu.astype(np.float32))[nose].all()
+
+
+def test_head_mask_keeps_the_thick_tip_of_a_nose_that_no_bone_joins():
+    hu = plain_head(512)
+    nose = np.zeros(hu.shape, bool)
+    nose[60:80, 251:261] = nose[30:60, 241:271] = True  # thin where it meets the head, at y = 77
+    hu[nose & (hu == -1000)] = 30
+    assert step1.head_mask(hu.astype(np.float32))[nose].all()
+
+
+def test_head_mask_keeps_a_step_of_the_scalp_where_a_long_strap_begins():
+    hu = plain_head(512)
+    y, x = np.indices(hu.shape)
+    hu[disc(hu.shape, (256, 256), 0.35 * 512 + 4) & (x < y) & (hu == -1000)] = 40
+    head = hu > -1000
+    strap = (np.abs(x - y + 3) <= 1) & (x > 256) & ~head
+    hu[strap] = 40
+    mask = step1.head_mask(hu.astype(np.float32))
+    assert mask[head].all() and mask[strap].mean() < 0.1
 
 
 def narrow_contact(hu):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 
 import pandas as pd
 import pytest
@@ -96,6 +97,27 @@ def test_same_seed_same_slices_and_another_seed_others(download):
     assert (
         set(run(download, "--per-class", "3", "--test", "6", "--seed", "1", output="other")["image"]) != first
     )
+
+
+def test_headers_are_read_of_20_slices_for_each_one_wanted_and_others_by_another_seed(tmp_path, monkeypatch):
+    """So 6 classes of 1,000 slices and 600 for testing are 132,000 headers."""
+    labels = {f"ID_{label[:9]}{number}": label for label in step1.CLASSES for number in range(70)}
+    (tmp_path / "stage_2_train_images").mkdir()
+    for name in labels:
+        (tmp_path / "stage_2_train_images" / f"{name}.dcm").touch()
+    write_csv(tmp_path, [row for name in labels for row in csv_rows(name, *{labels[name]} - {"healthy"})])
+    read = []
+    monkeypatch.setattr(step1, "read_patient_id", lambda path: read.append(path.stem) or path.stem)
+
+    def read_with(seed):
+        read.clear()
+        options = ["--rsna", str(tmp_path), "--per-class", "2", "--test", "6", "--seed", seed]
+        step1.find_rsna_inputs(step1.parse_args(options))
+        return sorted(read)
+
+    first = read_with("0")
+    assert Counter(labels[name] for name in first) == dict.fromkeys(step1.CLASSES, 20 * (2 + 1))
+    assert read_with("0") == first and read_with("1") != first
 
 
 def test_labels_of_the_test_slices_are_written(download):
