@@ -211,6 +211,7 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     padded, unused = padding_mask(stored, ds), 8 * stored.dtype.itemsize - ds.BitsStored
     if unused > 0:  # old scanners kept overlays there; signed values keep their sign
         stored = (stored << unused) >> unused
+        padded |= padding_mask(stored, ds)
     wrapped = ds.BitsStored == 12 and ds.PixelRepresentation == 0 and intercept > -100 and slope == 1
     wrapped = wrapped and bool(stored.max() >= 4096 - 1000)  # air wraps, to 3096 and more
     if wrapped:
@@ -221,7 +222,7 @@ def hounsfield(stored: np.ndarray, ds: Dataset) -> tuple[np.ndarray, bool]:
     if impossible > 0.01 * hu.size:  # metal and its wraps reach further, in few pixels
         beyond = "over 1 % of the pixels are below -10,000 or above 20,000 HU"
         raise UnsuitableFile(f"{beyond}: RescaleSlope/Intercept (0028,1053/1052) wrong, export it again")
-    if not padded.all() and hu[~padded].min() > -500:
+    if padded.mean() < 0.3 and hu[~padded].min() > -500:  # a scanner's circle leaves 21 % as padding
         warnings.warn("nothing is as dark as air: is RescaleIntercept (0028,1052) right?", stacklevel=2)
     return hu, wrapped
 

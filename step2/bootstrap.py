@@ -1,6 +1,6 @@
 """The patient-cluster bootstrap: draws of whole patients.
 
-The unit is the patient, not the slice: slices of one head share its bleed, its scanner and its noise, so a
+What is drawn is the patient, not the slice: slices of one head share its bleed, its scanner and its noise, so a
 method that counts them as independent promises too narrow intervals (Field and Welsh 2007). A draw takes as
 many patients as there are, with replacement, each with all of its slices and all variants together, so that
 the pairing survives. It is a row of counts, and a metric of 10,000 draws is a matrix product.

@@ -71,9 +71,8 @@ def choices(settings: Settings, size: Size) -> list[tuple[str, Settings, Size]]:
     for part, share in (("third", 1 / 3), ("tenth", 1 / 10)):
         fewer = replace(size, slices=round(size.slices * share), patients=round(size.patients * share))
         found.append((f"a {part} of the slices", settings, fewer))
-    others = [
-        n for n in PROFILES if n != settings.profile and not (n == "quick" and settings.gpus)
-    ]  # a toy there
+    passed_over = {settings.profile, "quick" if settings.gpus else ""}  # quick is for CPUs
+    others = [name for name in PROFILES if name not in passed_over]
     return found + [(f"profile {name}", other(**PROFILES[name], profile=name), size) for name in others]
 
 

@@ -65,7 +65,9 @@ class Slices:
                 f"{len(others)} slices of TestingData are not scored, nothing was trained on {names}"
             )
         if 0 < (labels == "").sum() < len(labels):
-            lines.append(f"{(labels == '').sum()} slices of TestingData are not scored, they have no label")
+            lines.append(
+                f"slices of TestingData without a label, which are not scored: {(labels == '').sum()}"
+            )
         return lines
 
 
@@ -81,8 +83,9 @@ def read_slices(data: Path) -> Slices:
     for split, whose in (("train", ""), ("test", " (TestingData)")):
         left_out[f"refused by Step 1{whose}"] = int((rows["status"][rows["split"] == split] != "ok").sum())
         left_out[f"blank, no brain to see{whose}"] = int(blank[usable["split"] == split].sum())
-    windows = set(usable["roi_window"])
     usable = usable[blank == 0]
+    windows = sorted(set(usable["roi_window"]))
+    require(len(windows) < 2, f"{path} has pictures of several ROI windows, {windows}: {AGAIN}")
     train, test = (usable[usable["split"] == split] for split in ("train", "test"))
     require(len(train) > 0, f"{path} has no usable slice of TrainingData: put some there and {AGAIN}")
     require((usable["image"] != "").all(), f"{path} has rows that are ok but name no image: {AGAIN}")
@@ -96,8 +99,7 @@ def read_slices(data: Path) -> Slices:
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
     columns = ["image", "label", "patient", "source"]
     training, testing = (part[columns].reset_index(drop=True) for part in (train, test))
-    unusable, window = order_classes(named - set(classes)), windows.pop() if len(windows) == 1 else ""
-    return Slices(training, testing, left_out, known, unusable, window)
+    return Slices(training, testing, left_out, known, order_classes(named - set(classes)), *windows)
 
 
 def _read_rows(path: Path) -> pd.DataFrame:
@@ -115,6 +117,8 @@ def _read_rows(path: Path) -> pd.DataFrame:
         stopped = column == "status" and wrong == [""]
         what = "Step 1 was stopped" if stopped else f"{column} is {wrong}, neither of {sorted(words)}"
         require(not wrong, f"{path}: {what}: {AGAIN}")
+    odd = set(rows.loc[~rows["roi_window"].str.fullmatch(r"(header|-?[\d.]+,[\d.]+)?"), "roi_window"])
+    require(not odd, f"{path}: roi_window is {sorted(odd)}, no centre,width: {AGAIN}")
     twice = rows.loc[(rows["image"] != "") & rows["image"].duplicated(), "image"]
     require(twice.empty, f"{path} has more than one row for {list(twice[:3])}: {AGAIN}")
     return rows
@@ -161,13 +165,14 @@ def count_classes(slices: Slices) -> pd.DataFrame:
     """Return the slices and patients of each class, and together, in TrainingData and, where it is labelled,
     in TestingData: DataFrame.
     """
-    counts = pd.DataFrame(index=pd.Index([*slices.classes, "together"], name="label"))
+    classes = list(slices.classes)
+    counts = pd.DataFrame(index=pd.Index([*classes, "together"], name="label"))
     for split, rows in (("training", slices.training), ("testing", slices.testing)):
-        rows = rows[rows["label"].isin(slices.classes)]
+        rows = rows[rows["label"].isin(classes)]
         known = slices.patient_level if split == "training" else bool((rows["patient"] != "").all())
-        each = pd.concat([rows, rows.assign(label="together")]).groupby("label")
-        people = each["patient"].nunique().reindex(counts.index, fill_value=0)
+        each = rows.groupby("label")
+        people = [*each["patient"].nunique().reindex(classes, fill_value=0), rows["patient"].nunique()]
         if len(rows):
-            counts[f"{split} slices"] = each.size().reindex(counts.index, fill_value=0)
+            counts[f"{split} slices"] = [*each.size().reindex(classes, fill_value=0), len(rows)]
             counts[f"{split} patients"] = people if known else "unknown"
     return counts

@@ -15,12 +15,11 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from step2.bootstrap import ALPHA, DRAWS, MIN_PATIENTS, sum_by_patient
 from step2.classes import classes_of
 from step2.estimates import Cells, Estimates, mean_estimates, paired_correctness
-from step2.metrics import interval_of
+from step2.metrics import interval_of, proportion_interval
 from step2.power import detectable_difference
 from step2.variants import BASELINE, step_pairs
 
@@ -28,15 +27,8 @@ EQUIVALENCE = 0.01  # accuracy; a difference inside +-1 point is too small to ch
 CONTRAST_COLUMNS = [
     *("contrast", "kind", "a", "b", "n_images", "n_patients", "difference", "ci_low", "ci_high"),
     *("error", "patient_error", "training_error", "seed_noise", "training_sd", "training_sd_low"),
-    *(
-        "training_sd_high",
-        "p_value",
-        "p_holm",
-        "p_mcnemar_ignoring_patients",
-        "detectable",
-        "band",
-        "verdict",
-    ),
+    *("training_sd_high", "p_value", "p_holm", "p_mcnemar_ignoring_patients", "detectable", "band"),
+    "verdict",
 ]
 BEST_DRAWS = 20_000  # of the largest of several t
 ALONE = "for these trained networks alone"
@@ -133,13 +125,12 @@ def contrast_row(declared: dict[str, Any], compared: Compared) -> dict[str, Any]
         row["p_value"] = 1.0
     repeat, image = (correct.index.get_level_values(level) for level in ("repeat", "image"))
     first = correct[repeat == repeat.min()]
+    mcnemar_p = exact_mcnemar(*(first[v] for v in pairs[0])) if len(pairs) == 1 else np.nan
     return {
         **declared,
         **{"n_images": image.nunique(), "n_patients": compared.cells.patients},
         **row,
-        "p_mcnemar_ignoring_patients": exact_mcnemar(*(first[v] for v in pairs[0]))
-        if len(pairs) == 1
-        else np.nan,
+        "p_mcnemar_ignoring_patients": mcnemar_p,
     }
 
 
@@ -401,7 +392,7 @@ def score_testing(
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
         if value in (0, 1) and cells.patients >= MIN_PATIENTS:
-            low, high = proportion_confint(value * cells.patients, cells.patients, ALPHA, method="wilson")
+            low, high = proportion_interval(value, np.nan, cells.patients - 1, cells.patients)
         else:
             low, high = interval_of(estimates, variant)
         row = {"variant": variant, "slices": count, "patients": patients}

@@ -22,7 +22,7 @@ from step2.statistics import (
     signed,
     training_in_words,
 )
-from step2.variants import BASELINE
+from step2.variants import BASELINE, KNOWN_VARIANTS, single_steps
 
 BOTH = ("sensitivity", "specificity")
 
@@ -91,9 +91,10 @@ def detectable_text(primary: pd.DataFrame) -> str:
     if reach.max() >= 100:  # accuracies differ by no more than that
         return " Data of this size are unlikely to show any difference, however large."
     span = " to ".join(dict.fromkeys((f"{reach.min():.1f}", f"{reach.max():.1f}")))
+    strict = f", tested as the strictest of {len(primary)}" if len(primary) > 1 else ""
     return (
-        f" By the errors seen, a true difference of {span} points has a power of {100 * POWER:.0f} % here (at "
-        "Holm's first step); smaller ones may be missed."
+        f" With errors like these, a true difference of {span} points would be found in {100 * POWER:.0f} % of such "
+        f"comparisons{strict}; smaller ones may be missed."
     )
 
 
@@ -113,13 +114,16 @@ def data_lines(
     people = f" of {patient_ids(predictions).nunique()} patients"
     if not slices.patient_level:
         unit, people = "Patient ids are missing: all intervals are **slice-level, optimistic**.", ""
-    invented = " Phantoms are drawn by a program: nothing here is about patients." * ("phantom" in caption)
+    drawn = " Phantoms are drawn by a program: nothing here is about patients."
+    drawn *= " phantom slices" in caption
+    steps = [single_steps(KNOWN_VARIANTS.get(name, ())) for name in predictions["variant"].unique()]
     shown = {"": "", "header": " ROI keeps the header's window."}
     window = shown.get(slices.roi_window, f" ROI shows the window {slices.roi_window} HU (centre, width).")
+    window *= any("window" in each for each in steps)
     without = "; ".join(f"{count} {reason}" for reason, count in slices.left_out.items() if count)
     lines = [*warned, *class_warnings(predictions, slices.patient_level)]
     return [
-        f"**Data and settings.** {caption}.{invented} Tested: {predictions['image'].nunique()} slices{people}; "
+        f"**Data and settings.** {caption}.{drawn} Tested: {predictions['image'].nunique()} slices{people}; "
         f"{guessing}; {design}, {repeats} repeat{'s' if repeats > 1 else ''}, the same folds and seeds for all "
         f"variants. {unit}{window}{f' Left out: {without}.' if without else ''}",
         *(["", *(f"* Warning: {line}." for line in lines)] if lines else []),
@@ -147,9 +151,7 @@ def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFr
 
 def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
-    head = (
-        f"| against {BASELINE}, or an effect | points | 95 % CI | Holm p | seed noise, SD, points | verdict |"
-    )
+    head = f"| comparison (a variant: with {BASELINE}) | points | 95 % CI | Holm p | seed noise, SD, points | verdict |"
     lines = [head, "|---" * 6 + "|"]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
@@ -170,9 +172,21 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
         return f"Left out: no class is called {HEALTHY}."
     others = [name for name in classes if name not in CLASSES]
     said = [f"It means every class but {HEALTHY}, so {', '.join(others)} too."] if others else []
-    if endpoints.empty:
-        return " ".join([*said, "Too few healthy or bleeding patients, or no comparison."])
-    primary = endpoints[endpoints["kind"] == "primary"]
+    none = "Nothing to compare, or too few healthy or bleeding patients for it."
+    said += compared_endpoints(endpoints) if len(endpoints) else [none]
+    accuracy = metrics[metrics["metric"] == "accuracy"].set_index("variant")["value"]
+    for variant in dict.fromkeys((BASELINE, accuracy.idxmax())):
+        if variant in accuracy:
+            found, spared = (with_interval(*metric_of(metrics, variant, f"any_{name}")) for name in BOTH)
+            said.append(
+                f"{variant}, calling the most probable class: sensitivity {found} %, specificity {spared} %."
+            )
+    return " ".join(said)
+
+
+def compared_endpoints(endpoints: pd.DataFrame) -> list[str]:
+    """Return what each endpoint's comparisons with the baseline say, and which one is not estimable, in sentences."""
+    primary, said = endpoints[endpoints["kind"] == "primary"], []
     if primary.empty:
         said.append(f"No variant was compared with {BASELINE}.")
     for name, table in primary.groupby("endpoint", sort=False):
@@ -181,18 +195,17 @@ def endpoints_in_words(metrics: pd.DataFrame, endpoints: pd.DataFrame, classes: 
             for _, row in table.iterrows()
             if is_significant(row)
         ]
-        none = "not estimable" if table["ci_low"].isna().all() else "no difference that these data show"
+        none = "no difference that these data show"
+        if table["ci_low"].isna().all():
+            none = "not estimable"
+        elif (table["ci_low"] * table["ci_high"] > 0).any():
+            none = "no difference that Holm's correction leaves; where few patients are healthy, it is too cautious"
         found = "; ".join(clear) or none
         alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
         said.append(f"{name}, against {BASELINE}: {found}{alone}.")
-    lost = [name for name in ENDPOINTS if name not in set(endpoints["endpoint"])]
-    said += [f"{name}: not estimable, too few healthy slices in a fold." for name in lost]
-    accuracy = metrics[metrics["metric"] == "accuracy"].set_index("variant")["value"]
-    for variant in dict.fromkeys((BASELINE, accuracy.idxmax())):
-        if variant in accuracy:
-            found, spared = (with_interval(*metric_of(metrics, variant, f"any_{name}")) for name in BOTH)
-            said.append(f"{variant}, by the likeliest class: sensitivity {found} %, specificity {spared} %.")
-    return " ".join(said)
+    if lost := [name for name in ENDPOINTS if name not in set(endpoints["endpoint"])]:
+        said.append(f"Not estimable, as a fold has too few healthy slices: {', '.join(lost)}.")
+    return said
 
 
 def testing_in_words(testing: pd.DataFrame, first: str, patient_level: bool) -> str:
@@ -233,16 +246,17 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         "",
         f"**Which analysis is what.** Primary: the accuracy of each variant against {BASELINE}. Secondary: the effects "
         f"of steps,{' any hemorrhage,' * with_any} and which variant may be best (95 % for all at once). Exploratory: "
-        "single pairs, classes, TestingData. Fixed in the code, not preregistered. Holm's correction runs among the "
-        f"primary comparisons, among the effects{', and within an endpoint of any hemorrhage' * with_any}, not across "
-        "them; other intervals are not corrected.",
+        "single pairs, classes, TestingData. Fixed in the code, not preregistered. Holm's correction is in the "
+        f"p values: of the primary comparisons, of the effects{', of each endpoint of any hemorrhage' * with_any}; not "
+        "across these, and not in the intervals.",
         "",
         f"**Method.** A point is 1 % of the slices{', of an AUC 0.01' * with_any}; brackets are 95 % intervals. Paired "
         f"differences; the patients' part of each error from {DRAWS:,} draws of whole patients ({METRIC_DRAWS:,} for "
         f"a variant's own held-out metrics{' and any hemorrhage' * with_any}), "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
-        f"accuracies; 95 % interval by t. Sensitivities, and in `metrics.csv` all but accuracy{' and AUC' * with_any}: "
-        f"patients alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
+        "accuracies; intervals of differences by t, of shares by Wilson's formula with t and the effective number of "
+        f"slices{', of an AUC by t on the logit scale' * with_any}. Sensitivities, and in `metrics.csv` all but "
+        f"accuracy{' and AUC' * with_any}: patients alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
         f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
         "`control_predictions.csv`.",
     ]

@@ -94,16 +94,23 @@ def test_padding_is_looked_for_before_bits_above_bits_stored_are_masked(syntax):
     assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, 1072, -984, 40]]
 
 
+def test_padding_is_known_where_the_sign_does_not_reach_into_unused_bits():
+    """-2000 in 12 bits, and none above, is 2096."""
+    ct = make_ct(np.array([[2096, 40]], np.int16), BitsStored=12, HighBit=11, PixelPaddingValue=-2000)
+    assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, 40]]
+
+
 @pytest.mark.parametrize("bits", [12, 16])
 def test_lowest_signed_value_is_padding_also_without_its_tag(bits):
     ct = make_ct(np.array([[-32768, 40]], np.int16), BitsStored=bits, HighBit=bits - 1)
     assert step1.hounsfield(step1.decode(ct), ct)[0].tolist() == [[-1000, 40]]
 
 
-@pytest.mark.parametrize(("intercept", "warned"), [(-1024, 0), (0, 1)])
-def test_slice_without_air_is_warned_of(intercept, warned):
+@pytest.mark.parametrize(("intercept", "padding", "warned"), [(-1024, 1, 0), (0, 1, 1), (0, 2, 0)])
+def test_slice_without_air_is_warned_of_unless_it_was_removed(intercept, padding, warned):
     """0 is padding, whose place says nothing of the intercept."""
-    ct = make_ct(np.array([[0, 24, 1064]], np.uint16), RescaleIntercept=intercept, PixelPaddingValue=0)
+    stored = np.array([[*[0, 0][:padding], 24, 1064, 1064, 1064]], np.uint16)
+    ct = make_ct(stored, RescaleIntercept=intercept, PixelPaddingValue=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step1.hounsfield(step1.decode(ct), ct)

@@ -235,6 +235,8 @@ def test_uneven_classes_show_what_always_saying_the_commonest_would_get():
     uneven = random_table(90, 1, ["1_ROI"], classes=PAIR).assign(label=["stroke"] * 72 + ["healthy"] * 18)
     assert guesses(uneven) == (0.5, 0.8)
     assert guesses(uneven.assign(label=["stroke"] * 48 + ["healthy"] * 42)) == (0.5, 48 / 90)
+    close = pd.DataFrame({"label": ["stroke"] * 101 + ["healthy"] * 99, "p_healthy": 0.5, "p_stroke": 0.5})
+    assert guesses(close) == (0.5, None)  # 0.505
     figure = figures.draw_accuracy(uneven, metric_table(uneven, n_draws=20))
     assert {"chance", "commonest class"} <= {line.get_label() for line in figure.axes[0].lines}
     plt.close(figure)

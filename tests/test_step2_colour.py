@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -11,8 +12,8 @@ import pytest
 from conftest import plain_head, save_ct
 from step2_helpers import SIZE, make_comparison_for, make_settings, write_pictures
 
-from step2 import engine, figures
-from step2.costs import cost_table, png_kilobytes, training_minutes
+from step2 import costs, engine, figures
+from step2.costs import cost_table, png_kilobytes, raw_slices, slice_milliseconds, training_minutes
 from step2.explain import draw_cams
 from step2.runs import Comparison, collect_history, collect_predictions
 from step2.slices import read_slices
@@ -107,6 +108,30 @@ def test_comparison_refuses_a_variant_that_mixes_grey_and_colour(tinted, tmp_pat
     shutil.copy(data / GREY / image, data / COLOUR / image)
     with pytest.raises(ValueError, match=rf"11_ROI\+windows mixes grey pictures \({image}\) and colour"):
         make_comparison_for(data, tmp_path / "results", (GREY, COLOUR), folds=1)
+
+
+def test_time_of_a_slice_goes_from_its_file_to_the_pngs_bytes_for_each_variant(tmp_path, monkeypatch):
+    clock, step1 = [0.0], costs.step1
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow(seconds, call):
+        def slower(*given):
+            clock[0] += seconds
+            return call(*given)
+
+        return slower
+
+    for name, seconds in (("read_dicom", 4.0), ("decode", 2.0), ("whole_slice", 1.0), ("encode_png", 0.5)):
+        monkeypatch.setattr(step1, name, slow(seconds, getattr(step1, name)))
+    path = save_ct(tmp_path / "1.2.3", plain_head())
+    found = slice_milliseconds(path, ["0_Dicom2PNG", "1_ROI"])
+    assert found == {"0_Dicom2PNG": 7500, "1_ROI": 7500}
+
+
+def test_slices_are_timed_by_turns_of_their_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "TIMED_SLICES", 4)
+    training = pd.DataFrame({"label": list("aaabb"), "source": ["a0", "a1", "a2", "b0", "b1"]})
+    assert raw_slices(tmp_path, training) == [tmp_path / name for name in ("a0", "b0", "a1", "b1")]
 
 
 def test_costs_by_hand(tmp_path):

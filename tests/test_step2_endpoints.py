@@ -60,10 +60,14 @@ def test_contrasts_of_both_endpoints():
     assert first["difference"] == pytest.approx(first["value_a"] - first["value_b"])
 
 
-def test_too_few_healthy_slices_a_fold_leave_sensitivity_out_with_a_word(capsys):
-    table = endpoint_table(random_table(60, 2, ALL_VARIANTS[:2], folds=5), n_draws=40)
-    assert set(table["endpoint"]) == {"AUC"}
-    assert "not estimable" in capsys.readouterr().out
+@pytest.mark.parametrize(("healthy", "estimable"), [(9, False), (10, True)])
+def test_fold_of_fewer_than_ten_healthy_slices_leaves_sensitivity_out_with_a_word(capsys, healthy, estimable):
+    table = random_table(60, 1, ALL_VARIANTS[:2], folds=2).sort_values(["variant", "fold"])
+    labels = ["healthy"] * healthy + ["subdural"] * (40 - healthy) + ["healthy"] * 20  # 30 a fold
+    endpoints = endpoint_table(table.assign(label=labels * 2), n_draws=40)["endpoint"]
+    assert list(endpoints.unique()) == ["AUC", "sensitivity at 90 % specificity"][: 1 + estimable]
+    said = "sensitivity at 90 % specificity: not estimable, 9 healthy slices in a fold, 10 needed\n"
+    assert capsys.readouterr().out == said * (not estimable)
 
 
 def test_endpoint_without_the_baseline_says_so():
@@ -77,7 +81,8 @@ def test_too_few_healthy_patients_leave_nothing():
     table = random_table(30, 2, ALL_VARIANTS[:2])
     few = table[(table["label"] != "healthy") | table["patient"].isin(["P0", "P1"])]
     assert endpoint_table(few).empty
-    assert endpoints_in_words(pd.DataFrame(), pd.DataFrame(), CLASSES).startswith("Too few")
+    said = endpoints_in_words(some_metrics({"a": 0.8}), pd.DataFrame(), CLASSES)
+    assert said.startswith("Nothing to compare, or too few healthy or bleeding patients for it. a, calling")
 
 
 def some_metrics(accuracies: dict[str, float]) -> pd.DataFrame:
@@ -92,13 +97,15 @@ def test_words_give_sensitivity_and_specificity_and_what_is_not_estimable():
     endpoints = pd.DataFrame({"kind": ["factorial"], "endpoint": ["AUC"]})
     assert endpoints_in_words(some_metrics({"a": 0.8, "b": 0.6}), endpoints, CLASSES) == (
         "No variant was compared with 0_Dicom2PNG. "
-        "sensitivity at 90 % specificity: not estimable, too few healthy slices in a fold. "
-        "a, by the likeliest class: sensitivity 70.0 (30.0 to 90.0) %, specificity 90.0 %."
+        "Not estimable, as a fold has too few healthy slices: sensitivity at 90 % specificity. "
+        "a, calling the most probable class: sensitivity 70.0 (30.0 to 90.0) %, specificity 90.0 %."
     )
     both = pd.DataFrame({"kind": "factorial", "endpoint": ["AUC", "sensitivity at 90 % specificity"]})
     said = endpoints_in_words(some_metrics({"0_Dicom2PNG": 0.5, "a": 0.8}), both, CLASSES)
-    assert "not estimable" not in said and "0_Dicom2PNG, by the likeliest class: sensitivity 40.0" in said
-    assert said.count("likeliest") == 2
+    assert (
+        "estimable" not in said and "0_Dicom2PNG, calling the most probable class: sensitivity 40.0" in said
+    )
+    assert said.count("calling") == 2
 
 
 def test_endpoint_says_size_without_a_second_sign_and_where_training_noise_is_unknown():
@@ -110,6 +117,15 @@ def test_endpoint_says_size_without_a_second_sign_and_where_training_noise_is_un
         "AUC, against 0_Dicom2PNG: 1_ROI lower by 3.1 points (1.2 to 5.0) (for these trained networks alone). "
     )
     assert "alone" not in endpoints_in_words(metrics, pd.DataFrame([row | {"seed_noise": 0.0}]), CLASSES)
+
+
+def test_intervals_beside_0_that_holm_does_not_leave_are_no_sign_of_equality():
+    row = {"kind": "primary", "endpoint": "AUC", "a": "1_ROI", "difference": 0.4, "ci_low": 0.1}
+    row |= {"ci_high": 0.7, "p_holm": 0.08, "seed_noise": 0.0}
+    said = endpoints_in_words(some_metrics({"a": 0.9}), pd.DataFrame([row]), CLASSES)
+    assert "AUC, against 0_Dicom2PNG: no difference that Holm's correction leaves; where few" in said
+    said = endpoints_in_words(some_metrics({"a": 0.9}), pd.DataFrame([row | {"ci_low": -0.1}]), CLASSES)
+    assert "AUC, against 0_Dicom2PNG: no difference that these data show." in said
 
 
 def test_endpoint_without_an_interval_is_not_said_to_show_no_difference():

@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT
 from distributed import Client
 from distributed.scheduler import KilledWorker
+from distributed.utils import json_load_robust
 from jupyter_client.manager import start_new_kernel
 from step2_helpers import make_comparison_for, write_pictures
 
@@ -189,24 +190,24 @@ def test_workers_that_do_not_start_are_explained(data, tmp_path, monkeypatch):
 @pytest.fixture
 def cluster(tmp_path):
     """Yield a scheduler's address, its process and its two workers, who can't import step2 by themselves."""
+    note = ["--scheduler-file", str(tmp_path / "scheduler.json")]  # of the port that it chose
 
-    def spawn(*arguments):
+    def spawn(program, *options):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-        return subprocess.Popen([sys.executable, "-m", *arguments, "--no-dashboard"], **quiet)
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", *note, "--no-dashboard", *options]
+        return subprocess.Popen(command, **quiet)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = f"tcp://127.0.0.1:{port}"
-    scheduler = spawn("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port)
-    worker = ("distributed.cli.dask_worker", address, "--nthreads", "1", "--memory-limit", "0", "--no-nanny")
-    workers = [spawn(*worker) for _ in range(2)]
-    with Client(address, timeout="60s", set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
-    yield address, scheduler, workers
-    for process in (*workers, scheduler):
-        process.kill()
-        process.wait()
+    scheduler = spawn("scheduler", "--host", "127.0.0.1", "--port", "0")
+    workers = [spawn("worker", "--nthreads", "1", "--memory-limit", "0", "--no-nanny") for _ in range(2)]
+    try:
+        address = json_load_robust(note[1], timeout=60)["address"]
+        with Client(address, timeout="60s", set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address, scheduler, workers
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
 
 
 def test_cluster_in_another_folder_gives_the_same_table(data, tmp_path, undisturbed, cluster, monkeypatch):
@@ -258,9 +259,27 @@ def test_withdrawn_run_stops_on_a_cluster_too(data, tmp_path, cluster, monkeypat
 def test_scheduler_that_is_not_there_is_an_error(data, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "CONNECT_S", 3)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9 "):
-        engine.train_all(make_comparison_for(data, tmp_path, cluster="tcp://127.0.0.1:9"))
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=f"no Dask scheduler at {address} "):
+            engine.train_all(make_comparison_for(data, tmp_path, cluster=address))
     assert time.monotonic() - began < 30
+
+
+def options_of_processes(monkeypatch) -> tuple[list[dict], dict]:
+    """Return the options that two workers on two GPUs, and their scheduler, would be started with."""
+    asked = []
+
+    def start(workers, scheduler, **options):
+        asked.append(([worker["options"] for worker in workers.values()], scheduler["options"]))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(engine, "SpecCluster", start)
+    settings = read_settings({"profile": "quick", "processes": 2}, gpus=2)
+    with pytest.raises(RuntimeError, match="seen"), engine.local_cluster(settings, 5):
+        pass
+    return asked[0]
 
 
 @pytest.mark.parametrize(("visible", "own"), [(None, ["0", "1"]), ("2, GPU-5a", ["2", "GPU-5a"])])
@@ -268,17 +287,15 @@ def test_each_worker_has_one_of_the_gpus_that_this_process_may_use(monkeypatch, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    asked = []
+    workers, _ = options_of_processes(monkeypatch)
+    assert [worker["env"]["CUDA_VISIBLE_DEVICES"] for worker in workers] == own
 
-    def start(workers, **options):
-        asked.extend(each["options"]["env"]["CUDA_VISIBLE_DEVICES"] for each in workers.values())
-        raise RuntimeError("seen")
 
-    monkeypatch.setattr(engine, "SpecCluster", start)
-    settings = read_settings({"profile": "quick", "processes": 2}, gpus=2)
-    with pytest.raises(RuntimeError, match="seen"), engine.local_cluster(settings, 5):
-        pass
-    assert asked == own
+def test_processes_that_train_listen_to_this_machine_alone(monkeypatch):
+    """A port of Dask's runs whatever code it is sent."""
+    workers, scheduler = options_of_processes(monkeypatch)
+    assert [each["host"] for each in (*workers, scheduler)] == ["127.0.0.1"] * 3
+    assert scheduler["dashboard_address"] == "127.0.0.1:0"
 
 
 def test_scheduler_that_goes_while_its_first_worker_is_awaited_is_explained():
@@ -401,7 +418,9 @@ def test_kernel_interrupted_while_workers_start_keeps_none():
         )
         code += "with local_cluster(read_settings({'profile': 'quick', 'processes': 2}), 2): time.sleep(60)"
         client.execute(code)
+        ends = time.monotonic() + 60
         while not workers_of(manager.provisioner.pid):
+            assert time.monotonic() < ends, "no worker was started"
             time.sleep(0.02)
         manager.interrupt_kernel()
         reply = {"msg_type": ""}

@@ -19,6 +19,7 @@ from step2.metrics import (
     mean_curve,
     metric_interval,
     metric_table,
+    proportion_interval,
     reliability,
     worst_mistakes,
 )
@@ -88,8 +89,8 @@ def test_worst_mistakes_are_wrong_sure_and_different_slices():
 
 
 def test_interval_of_all_right_is_wilsons():
-    """No spread in the draws; 20 of 20 patients: from n / (n + 1.96 squared) to 1."""
-    assert metric_interval("accuracy", 1.0, np.ones(100), 20) == pytest.approx((20 / (20 + 1.959964**2), 1))
+    """No spread in the draws; 20 of 20 patients: from n / (n + t squared) to 1, with t of 19 degrees of freedom."""
+    assert metric_interval("accuracy", 1.0, np.ones(100), 20) == pytest.approx((20 / (20 + 2.093024**2), 1))
 
 
 def test_repeated_single_splits_have_the_accuracy_that_their_contrasts_compare():
@@ -121,11 +122,23 @@ def test_interval_of_accuracy_holds_training_noise():
 
 
 def test_interval_of_accuracy_by_hand():
-    """Of the odds, 9 to 1, times and by the same factor."""
+    """Wilson's of 900 slices, whose standard error is 0.01, with t for 1.96; an AUC's odds times a factor."""
     found = Estimates(("a", "b"), np.array([0.5, 0.9]), 1e-4 * np.eye(2), 0.0, 0.0, 0.25, (499, 20, 4))
-    factor = np.exp(stats.t.ppf(0.975, 499) * 0.01 / (0.9 * 0.1))
-    low, high = interval_of(found, "b")
+    t = stats.t.ppf(0.975, 499)
+    middle, reach = (0.9 + t**2 / 1800) / (1 + t**2 / 900), t * np.sqrt(1e-4 + t**2 / 4 / 900**2)
+    reach /= 1 + t**2 / 900
+    assert interval_of(found, "b") == pytest.approx((middle - reach, middle + reach))
+    factor = np.exp(t * 0.01 / (0.9 * 0.1))
+    low, high = interval_of(found, "b", logit=True)
     assert (low / (1 - low), high / (1 - high)) == pytest.approx((9 / factor, 9 * factor))
+
+
+def test_interval_of_all_right_goes_on_where_that_of_nearly_all_right_ends():
+    """Of 20 patients: one more right never lowers the lower end."""
+    ends = [
+        proportion_interval(k / 20, np.sqrt(k / 20 * (1 - k / 20) / 20), 19, 20)[0] for k in range(15, 21)
+    ]
+    assert ends == sorted(ends)
 
 
 @pytest.mark.parametrize("metric", ["sensitivity_epidural", "any_specificity"])

@@ -1,6 +1,8 @@
 """The network, its learning rate and its initial weights: of a file, ImageNet's, or none and why."""
 
 import hashlib
+import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from step2.network import (
     learning_rate,
     load_initial,
     load_tensors,
+    mounted_files,
     settle_weights,
 )
 from step2.pictures import normalise
@@ -248,6 +251,31 @@ def test_damaged_download_is_fetched_again(tmp_path, monkeypatch):
     )
     path.write_bytes(b"weight")
     assert download_imagenet("efficientnet-b0").read_bytes() == whole and len(fetched) == 2
+
+
+@pytest.mark.parametrize("error", [None, OSError("no route to host")])
+def test_download_waits_20_s_for_an_answer_and_other_sockets_as_long_as_before(tmp_path, monkeypatch, error):
+    patience = []
+
+    def fetch(url, path, **_):
+        patience.append(socket.getdefaulttimeout())
+        if error:
+            raise error
+
+    monkeypatch.setattr("step2.network.url_map", {"b0": "https://nowhere.invalid/b0-00000000.pth"})
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(OSError, match="no route") if error else nullcontext():
+        download_imagenet("b0")
+    assert patience == [20] and socket.getdefaulttimeout() is None
+
+
+def test_mounted_data_sets_are_searched_four_folders_deep(tmp_path, monkeypatch):
+    monkeypatch.setattr("step2.network.MOUNTED", tmp_path)
+    for folder in ("1/2/3/4", "1/2/3/4/5"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "b0.pth").touch()
+    assert list(mounted_files("b0.pth")) == [tmp_path / "1/2/3/4/b0.pth"]
 
 
 def test_narrow_network_has_no_imagenet_weights(results):

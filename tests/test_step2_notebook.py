@@ -166,7 +166,7 @@ def test_predictions_are_those_of_the_last_epoch(whole):
 def test_testing_predictions_are_the_mean_of_the_folds(whole):
     columns = [f"p_{c}" for c in CLASSES]
     table = pd.read_csv(whole[0] / "testing_predictions_1_ROI.csv")
-    assert list(table.columns) == ["image", "predicted", *columns]
+    assert list(table.columns) == ["image", "predicted", *columns, "label", "patient"]
     folds = [pd.read_csv(p)[columns] for p in whole[0].glob("runs/1_ROI/*/testing-*.csv")]
     assert len(folds) == 2
     np.testing.assert_allclose(table[columns], sum(folds) / 2, atol=1e-8)
@@ -180,16 +180,16 @@ def test_eighth_variant_by_one_line_is_in_every_table_and_figure(whole):
     assert contrasts.loc["effect of bilateral", ["a", "b"]].tolist() == [EIGHTH, "1_ROI"]
     for name in ("oof_predictions", "metrics", "history", "convergence", "best"):
         assert EIGHTH in set(pd.read_csv(results / f"{name}.csv")["variant"]), name
-    assert EIGHTH in (results / "summary.md").read_text()
-    for figure in ("forest", "accuracy", "sensitivity", "any_hemorrhage", "costs"):
-        assert EIGHTH in (results / f"{figure}.svg").read_text(), figure  # texts stand in comments
+    assert EIGHTH in (results / "summary.md").read_text(encoding="utf-8")
+    for figure in ("forest", "accuracy", "sensitivity", "any_hemorrhage", "costs"):  # texts stand in comments
+        assert EIGHTH in (results / f"{figure}.svg").read_text(encoding="utf-8"), figure
     for figure in ("variants", "learning_curves", "grad_cam"):
-        drawn = (results / f"{figure}.svg").read_text()
+        drawn = (results / f"{figure}.svg").read_text(encoding="utf-8")
         assert "7_ROI" in drawn and "+Bilateral" in drawn, figure
 
 
 def test_settings_say_what_made_the_results(whole):
-    facts = json.loads((whole[0] / "settings.json").read_text())
+    facts = json.loads((whole[0] / "settings.json").read_text(encoding="utf-8"))
     assert facts["settings"]["seed"] == 3
     assert torch.__version__.startswith(facts["made_with"]["versions"][0]["torch"])
     assert facts["initial_weights"]["used"] == "none" and facts["left_out"]["blank, no brain to see"] == 1

@@ -214,7 +214,12 @@ def test_caption_and_summary_say_which_part_it_is(last_two):
     assert f"{len(training_slices)} slices of 24 patients, {said}" in caption
     compared = compare(tested, n_draws=100)
     metrics = pd.DataFrame(
-        [(name, m, 0.5, 0.4, 0.6) for name in VARIANTS for m in ("accuracy", "any_auc")],
+        [
+            (name, f"any_{m}", 0.5, 0.4, 0.6)
+            for name in VARIANTS
+            for m in ("auc", "sensitivity", "specificity")
+        ]
+        + [(name, "accuracy", 0.5, 0.4, 0.6) for name in VARIANTS],
         columns=["variant", "metric", "value", "ci_low", "ci_high"],
     )
     compared_ = contrast_table(compared), metrics, best_among(compared)

@@ -89,6 +89,15 @@ def test_gpus_select_the_full_profile_and_a_process_each():
     assert (full.epochs, full.batch_size, full.processes) == (25, 8, 2)
 
 
+@pytest.mark.parametrize(
+    ("cores", "gpus", "processes", "workers"), [(6, 0, 6, 0), (64, 0, 8, 0), (6, 2, 2, 3), (64, 2, 2, 16)]
+)
+def test_cores_give_8_processes_and_16_loading_threads_at_most(monkeypatch, cores, gpus, processes, workers):
+    monkeypatch.setattr("step2.settings.CPU_COUNT", cores)
+    settings = read_settings({}, gpus=gpus)
+    assert (settings.processes, settings.workers) == (processes, workers)
+
+
 def test_full_is_the_predecessors_recipe():
     """Adam, +-20 degrees, +-2 pixels, flips both ways; its rates have a test of their own."""
     full = read_settings({}, gpus=1)

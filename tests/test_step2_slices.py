@@ -36,11 +36,24 @@ def test_testing_slices_are_left_out_like_training_slices_and_counted_apart(mani
     assert list(slices.left_out.values()) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("windows", "told"), [(["40,80"], "40,80"), (["header", "40,80"], ""), (None, "")])
-def test_roi_window_is_the_one_of_all_slices(manifest, tmp_path, windows, told):
-    if windows:
-        manifest["roi_window"] = [windows[row % len(windows)] for row in range(len(manifest))]
-    assert read_instead(tmp_path, manifest).roi_window == told
+@pytest.mark.parametrize("window", ["40,80", "-50.5,130", "header", ""])
+def test_roi_window_is_told_as_step_1_noted_it(manifest, tmp_path, window):
+    assert read_slices(tmp_path).roi_window == ""  # of an older manifest
+    manifest["roi_window"] = [window if status == "ok" else "" for status in manifest["status"]]
+    assert read_instead(tmp_path, manifest).roi_window == window
+
+
+@pytest.mark.parametrize(
+    ("windows", "sentence"),
+    [
+        (["header", "40,80"], r"pictures of several ROI windows, \['40,80', 'header'\]: run Step1"),
+        (["4080"], r"roi_window is \['4080'\], no centre,width: run Step1"),
+    ],
+)
+def test_roi_windows_that_differ_or_are_none_are_refused(manifest, tmp_path, windows, sentence):
+    manifest["roi_window"] = [windows[row % len(windows)] for row in range(len(manifest))]
+    with pytest.raises(ValueError, match=rf"manifest\.csv.*{sentence}"):
+        read_instead(tmp_path, manifest)
 
 
 @pytest.mark.parametrize(("no", "yes"), [("0.0", "1.0"), ("False", "TRUE"), ("false", " true "), ("0 ", "1")])
@@ -92,7 +105,7 @@ def test_testing_slices_may_have_no_label(manifest, tmp_path):
     tests = manifest.index[manifest["split"] == "test"]
     manifest.loc[tests[0], "label"] = ""
     warned = read_instead(tmp_path, manifest).warnings()
-    assert warned == ["1 slices of TestingData are not scored, they have no label"]
+    assert warned == ["slices of TestingData without a label, which are not scored: 1"]
     manifest.loc[tests, "label"] = ""  # as in a competition
     slices = read_instead(tmp_path, manifest)
     assert len(slices.testing) == 3 and slices.warnings() == []
@@ -228,6 +241,10 @@ def test_same_picture_of_two_patients_or_classes_is_warned_of(tmp_path):
     (tmp_path / "e.png").write_bytes(b"2")  # the healthy slice once more, in TestingData
     other = pd.DataFrame([("e.png", "", "P9")], columns=rows.columns)
     assert "['d.png', 'e.png']" in copies_in_words(Slices(rows, other, {}, True), tmp_path)[0]
+    for name in "ef":  # twice in TestingData alone
+        (tmp_path / f"{name}.png").write_bytes(b"4")
+    other = pd.DataFrame([("e.png", "", "P9"), ("f.png", "", "P8")], columns=rows.columns)
+    assert copies_in_words(Slices(rows, other, {}, True), tmp_path) == []
     rows.loc[2, "label"] = "healthy"  # one patient's, in two classes
     assert copies_in_words(known, tmp_path)[0].startswith(
         "2 pictures occur more than once and not under one patient and class"

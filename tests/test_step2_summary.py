@@ -21,13 +21,14 @@ from step2.summary import (
 def test_summary_says_which_window_roi_showed_and_that_phantoms_are_no_patients():
     table = random_table(12, 2, ALL_VARIANTS[:2], folds=2)
 
-    def said(window, caption="90 slices"):
-        return summary.data_lines(table, caption, known_slices(roi_window=window), "", [])[0]
+    def said(window, caption="90 slices of an anthropomorphic phantom", rows=table):
+        return summary.data_lines(rows, caption, known_slices(roi_window=window), "", [])[0]
 
     assert " ROI shows the window 50,130 HU (centre, width)." in said("50,130")
     assert " ROI keeps the header's window." in said("header") and "ROI" not in said("")
     assert "nothing here is about patients" in said("", "90 phantom slices")
     assert "about patients" not in said("")
+    assert "ROI shows" not in said("50,130", rows=table[table["variant"] == "0_Dicom2PNG"])
 
 
 def test_reliability_says_how_far_confidence_is_off():
@@ -62,7 +63,8 @@ def test_mistakes_name_the_most_frequent_confusion():
     [
         (
             [0.05, 0.0721],
-            " By the errors seen, a true difference of 5.0 to 7.2 points has a power of 80 % here",
+            " With errors like these, a true difference of 5.0 to 7.2 points would be found in 80 % of such "
+            "comparisons, tested as the strictest of 2;",
         ),
         ([0.9, 1.21], " Data of this size are unlikely to show any difference, however large."),
         ([], ""),

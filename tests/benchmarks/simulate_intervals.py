@@ -2,6 +2,7 @@
 
     python tests/benchmarks/simulate_intervals.py                       # every setting, 2,000 tables each
     python tests/benchmarks/simulate_intervals.py --tables 200 --patients 52
+    python tests/benchmarks/simulate_intervals.py --proportions         # a single variant's accuracy, of patients alone
 
 A probit model: a slice is right where a normal score lies below a threshold. The score's variance is 0.40 the
 patient's, 0.15 the patient's for this variant (so that differences cluster), 0.30 the slice's, 0.15 the call's
@@ -19,16 +20,18 @@ points.
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import special
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from step2.bootstrap import sum_by_patient
 from step2.estimates import Cells, Estimates, degrees_of_freedom, find_cells, interaction, mean_estimates
+from step2.metrics import proportion_interval
 from step2.statistics import best_set, holm
 
 VARIANTS = 7  # and a control of the first
@@ -177,6 +180,33 @@ def one_setting(
     return percent | ratios | {"sd": 100 * float(spread)}
 
 
+def proportions(tables: int, seed: int) -> None:
+    """Print how often intervals of a proportion hold it, in %, and how wide they are, in points: those that the
+    notebook gives, and value +- t * error, with the former at 0 and 1.
+
+    Each patient of 1 to 3 slices has a chance of its own, from a beta distribution; alike is the slices' correlation.
+    """
+    rng = np.random.default_rng(seed)
+    print("patients  alike  share | Wilson's, width | value +- t * error, width")
+    for patients, alike, share in product(
+        (10, 20, 63, 213), (0.05, 0.2, 0.4, 0.8), (0.17, 0.5, 0.8, 0.9, 0.95, 0.98)
+    ):
+        a, b = (part * (1 - alike) / alike for part in (share, 1 - share))
+        slices = rng.integers(1, 4, (tables, patients))
+        right = rng.binomial(slices, rng.beta(a, b, slices.shape))
+        value = right.sum(1) / slices.sum(1)
+        left = ((right - value[:, None] * slices) ** 2).sum(1) ** 0.5
+        error = left / slices.sum(1) * (patients / (patients - 1)) ** 0.5
+        wilson = proportion_interval(value, error, patients - 1, patients)
+        reach = t.ppf(0.975, patients - 1) * error
+        usual = np.maximum(value - reach, 0), np.minimum(value + reach, 1)
+        usual = [np.where(np.isin(value, (0, 1)), *both) for both in zip(wilson, usual, strict=True)]
+        found = [100 * np.mean((low <= share) & (share <= high)) for low, high in (wilson, usual)]
+        width = [100 * np.mean(high - low) for low, high in (wilson, usual)]
+        line = f"{found[0]:9.1f} {width[0]:5.0f} | {found[1]:9.1f} {width[1]:5.0f}"
+        print(f"{patients:8} {alike:6} {share:6} | {line}", flush=True)
+
+
 def main() -> None:
     """Print a line for each setting."""
     parser = argparse.ArgumentParser(
@@ -192,7 +222,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of the cross-validation, with new folds")
     parser.add_argument("--noisy", type=int, default=VARIANTS, help="variants whose trainings have that SD")
     parser.add_argument("--unequal", action="store_true", help="variants 2 and 3 are twins")
+    parser.add_argument("--proportions", action="store_true", help="only those of a single proportion")
     args = parser.parse_args()
+    if args.proportions:
+        proportions(args.tables, args.seed)
+        return
     print("patients folds SD | one  alone twins family alone | covered best | width twins | SD", flush=True)
     for patients in args.patients:
         for folds in args.folds:
