@@ -385,6 +385,16 @@ def test_reliability_has_confidence_across_and_accuracy_upwards():
     assert dots.tolist() == [[50, 75]]
 
 
+def test_own_variant_has_one_colour_in_every_figure():
+    names = ("0_Dicom2PNG", "12_mine", "13_mine")
+    table = random_table(60, 2, names)
+    metrics = metric_table(table, n_draws=20)
+    figure = figures.draw_reliability(table, metrics, ["13_mine"])
+    drawn = figure.axes[0].lines[-1].get_color()
+    plt.close(figure)
+    assert drawn == figures.variant_colors(names)["13_mine"] != figures.variant_colors(["13_mine"])["13_mine"]
+
+
 def test_learning_curves_name_their_side():
     history = pd.DataFrame({"variant": "a", "control": False, "repeat": 1, "fold": 1, "epoch": [1, 2]})
     history = history.assign(train_loss=0.2, val_loss=0.6, train_accuracy=0.9, val_accuracy=0.7)

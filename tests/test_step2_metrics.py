@@ -20,6 +20,7 @@ from step2.metrics import (
     metric_interval,
     metric_table,
     proportion_interval,
+    ranking_estimates,
     reliability,
     worst_mistakes,
 )
@@ -119,6 +120,28 @@ def test_interval_of_accuracy_holds_training_noise():
     row = metric_table(rows, n_draws=60).set_index(["variant", "metric"]).loc[("1_ROI", "accuracy")]
     assert found.training > 0
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval_of(found, "1_ROI"))
+
+
+def test_interval_of_an_auc_is_by_t_on_the_logit_scale():
+    rows = random_table(60, 2, ALL_VARIANTS[:2], folds=2)
+    found = ranking_estimates(rows, concordance, 60, 0)
+    row = metric_table(rows, n_draws=60).set_index(["variant", "metric"]).loc[("1_ROI", "any_auc")]
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval_of(found, "1_ROI", logit=True))
+
+
+def test_metrics_say_how_many_patients_are_behind_them():
+    labels = ["healthy", "epidural", "epidural", "subdural", "healthy"]
+    table = metric_table(prediction_table({"a": labels}, labels, list("PPQRP")), n_draws=2)
+    behind = table.set_index("metric")["patients"]
+    names = [
+        "accuracy",
+        "sensitivity_healthy",
+        "specificity_epidural",
+        "any_sensitivity",
+        "any_auc",
+        "macro_f1",
+    ]
+    assert behind[names].tolist() == [3, 1, 2, 3, 1, 3]
 
 
 def test_interval_of_accuracy_by_hand():

@@ -291,6 +291,7 @@ def test_wrong_command_gets_a_sentence(tmp_path, monkeypatch, given, sentence):
     [
         (["--gpu", "T5"], r"--gpu: invalid choice: 'T5' \(choose from '?T4'?, '?P100'?, "),
         (["--patients", "30"], "error: --patients needs --slices too\n$"),
+        (["--slices", "-5"], r"--slices: '-5' is not a whole number from 1"),
         (
             ["--slices", "2000", "--patients", "6000"],
             "error: 6000 patients of 2000 slices: each patient has at least one slice\n$",

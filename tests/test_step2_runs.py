@@ -391,8 +391,13 @@ def test_titles_of_a_single_split_say_what_was_tested(data, tmp_path):
 def test_what_made_a_run_is_stored_with_the_run(data, trained, monkeypatch):
     monkeypatch.setattr(runs, "version", lambda name: "0.0.1")
     train(data, trained, ("0_Dicom2PNG", "1_ROI"))
-    facts = describe_runs(make_comparison_for(data, trained, ("0_Dicom2PNG", "1_ROI"), folds=1))
+    comparison = make_comparison_for(data, trained, ("0_Dicom2PNG", "1_ROI"), folds=1)
+    slices = replace(comparison.slices, roi_window="50,130")
+    facts = describe_runs(replace(comparison, slices=slices))
     assert {made["numpy"] for made in facts["made_with"]["versions"]} > {"0.0.1"}
+    made = facts["made_with"]["versions"][0]
+    assert (made["opencv"], made["torch"]) == (cv2.__version__, torch.__version__)
+    assert (facts["roi_window"], facts["code"]) == ("50,130", runs.LOADED)
     assert any("runs differ in their versions" in line for line in facts["fallbacks"])
     json.dumps(facts)
 

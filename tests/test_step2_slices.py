@@ -204,6 +204,11 @@ def test_slices_and_patients_of_each_class_are_counted(manifest, tmp_path):
     assert counts.loc[list(CLASSES), counts.columns[:2]].to_numpy().tolist() == [[8, 4]] * 6
     assert counts.loc["together"].tolist() == [48, 24, 3, 3]
     assert counts["testing slices"].tolist() == [1, 1, 1, 0, 0, 0, 3]
+    manifest.loc[manifest["split"] == "test", "patient"] = ""
+    unknown = count_classes(read_instead(tmp_path, manifest))
+    assert set(unknown["testing patients"]) == {"unknown"} and unknown["training patients"].iloc[-1] == 24
+    unknown = count_classes(read_instead(tmp_path, manifest.assign(patient="")))
+    assert set(unknown["training patients"]) == {"unknown"}
 
 
 def test_pictures_are_phantoms_only_where_all_names_are_theirs(manifest, tmp_path):

@@ -180,6 +180,13 @@ def test_equal_pairs_do_not_differ_and_unequal_ones_do():
     assert found.differ(other) < 1e-6
 
 
+def test_pairs_of_which_two_cannot_be_told_apart_have_no_p_in_any_order():
+    found = some_estimates([0.5, 0.6, 0.5, 0.7, 0.5, 0.7])
+    found = replace(found, patients=np.diag([1e-4, 1e-4, 0, 0, 0, 0]))
+    pairs = np.array([found.coefficients([(f"v{i + 1}", f"v{i}")]) for i in (0, 2, 4)])
+    assert np.isnan([found.differ(pairs), found.differ(pairs[::-1])]).all()
+
+
 @pytest.mark.parametrize(
     ("p", "text"),
     [(0.0004, "<0.001"), (0.05, "0.050"), (0.0501, ">0.050"), (0.0506, "0.051"), (nan, "\N{EN DASH}")],
@@ -404,7 +411,8 @@ def test_testing_slices_are_scored_by_patients():
     table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}).set_index("variant")
     assert table.loc["1_ROI", ["slices", "patients", "right"]].tolist() == [24, 12, 20]
     assert table.loc["1_ROI", "difference to 0_Dicom2PNG"] == pytest.approx(12 / 24)
-    assert 0 < table.loc["1_ROI", "ci_low"] < 20 / 24 < table.loc["1_ROI", "ci_high"] <= 1
+    low, high = table.loc["1_ROI", ["ci_low", "ci_high"]]
+    assert 0 < low < 20 / 24 < high < 1 and 20 / 24 - low > high - 20 / 24 + 0.05  # as Wilson's
 
 
 def test_testing_in_words_names_no_patients_that_nothing_names():

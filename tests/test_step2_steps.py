@@ -11,9 +11,9 @@ import Step1_Image_Preprocessing as step1
 from step2.steps import draw_hu, draw_steps
 
 
-def drawn(path):
+def drawn(path, roi_window=""):
     """Return {title: picture} of a slice's figure, in order."""
-    figure = draw_steps(path)
+    figure = draw_steps(path, roi_window)
     figure.canvas.draw()
     plt.close(figure)
     return {axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.images}
@@ -59,6 +59,20 @@ def look_up_table() -> Dataset:
 )
 def test_first_title_says_which_window(tmp_path, elements, title):
     assert next(iter(drawn(save_ct(tmp_path / "a.dcm", plain_head(), **elements)))) == title
+
+
+@pytest.mark.parametrize(
+    ("roi_window", "title", "shown"),
+    [
+        ("40,80", "+ brain window, 40/80 HU", (40, 80)),
+        ("50.5,130", "+ window, 50.5/130 HU", (50.5, 130)),
+        ("header", "+ the header's window stays", (100, 600)),
+    ],
+)
+def test_window_is_the_one_that_roi_has(tmp_path, roi_window, title, shown):
+    path = save_ct(tmp_path / "a.dcm", plain_head(), WindowCenter=100, WindowWidth=600)
+    picture = drawn(path, roi_window)[title]
+    assert np.array_equal(picture, step1.window_to_grey(plain_head().astype(np.float32), shown))
 
 
 def test_slice_without_a_head_is_drawn_too(tmp_path):

@@ -66,6 +66,11 @@ def test_mistakes_name_the_most_frequent_confusion():
             " With errors like these, a true difference of 5.0 to 7.2 points would be found in 80 % of such "
             "comparisons, tested as the strictest of 2;",
         ),
+        (
+            [0.05],
+            " With errors like these, a true difference of 5.0 points would be found in 80 % of such "
+            "comparisons; smaller",
+        ),
         ([0.9, 1.21], " Data of this size are unlikely to show any difference, however large."),
         ([], ""),
     ],

@@ -199,8 +199,8 @@ def proportions(tables: int, seed: int) -> None:
         error = left / slices.sum(1) * (patients / (patients - 1)) ** 0.5
         wilson = proportion_interval(value, error, patients - 1, patients)
         reach = t.ppf(0.975, patients - 1) * error
-        usual = np.maximum(value - reach, 0), np.minimum(value + reach, 1)
-        usual = [np.where(np.isin(value, (0, 1)), *both) for both in zip(wilson, usual, strict=True)]
+        plain = np.maximum(value - reach, 0), np.minimum(value + reach, 1)
+        usual = [np.where(np.isin(value, (0, 1)), *both) for both in zip(wilson, plain, strict=True)]
         found = [100 * np.mean((low <= share) & (share <= high)) for low, high in (wilson, usual)]
         width = [100 * np.mean(high - low) for low, high in (wilson, usual)]
         line = f"{found[0]:9.1f} {width[0]:5.0f} | {found[1]:9.1f} {width[1]:5.0f}"
