@@ -234,7 +234,7 @@ def best_in_words(best: pd.DataFrame, learning: Collection[str] = ()) -> str:
         return "Which variant is best is not estimable from these data."
     alone = f", {ALONE}" if best["training_sd"].isna().all() else ""
     if len(not_) == 0:
-        said = f"Any of these variants may be the best: these data can't tell them apart from it{alone}."
+        said = f"Any of these variants may be the best: these data can't tell which{alone}."
     else:
         lead = "Best" if len(may) == 1 else "May be the best"
         said = f"{lead}: {', '.join(may)}; worse: {', '.join(not_)}{alone}."
@@ -257,8 +257,8 @@ def verdict(row: pd.Series, margin: float = EQUIVALENCE, learning: Collection[st
 def control_verdict(row: pd.Series) -> str:
     """Return what the A/A control says: it should find nothing."""
     if is_significant(row):
-        return f"one variant against itself differs, which happens in 5 % of controls: {in_points(row)}"
-    return f"one variant against itself shows no difference, as it should: {in_points(row)}"
+        return f"one variant trained twice differs, as in 5 % of controls by chance: {in_points(row)}"
+    return f"one variant trained twice shows no clear difference: {in_points(row)}"
 
 
 def difference_verdict(row: pd.Series, margin: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from step2.bootstrap import DRAWS, POWER, patient_ids
+from step2.bootstrap import ALPHA, DRAWS, POWER, patient_ids
 from step2.classes import CLASSES, HEALTHY, classes_of, guesses
 from step2.endpoints import ENDPOINTS
 from step2.metrics import METRIC_DRAWS, class_warnings, count_text, metric_of, with_interval
@@ -90,11 +90,10 @@ def detectable_text(primary: pd.DataFrame) -> str:
         return ""
     if reach.max() >= 100:  # accuracies differ by no more than that
         return " Data of this size are unlikely to show any difference, however large."
-    span = " to ".join(dict.fromkeys((f"{reach.min():.1f}", f"{reach.max():.1f}")))
-    strict = f", tested as the strictest of {len(primary)}" if len(primary) > 1 else ""
+    strict = f", at p < {ALPHA:g} / {len(primary)}" if len(primary) > 1 else ""
     return (
-        f" With errors like these, a true difference of {span} points would be found in {100 * POWER:.0f} % of such "
-        f"comparisons{strict}; smaller ones may be missed."
+        f" With errors like these, a true difference of {reach.max():.1f} points or more would be found in at least "
+        f"{100 * POWER:.0f} % of such comparisons{strict}; smaller ones may be missed."
     )
 
 
@@ -151,7 +150,9 @@ def accuracy_lines(metrics: pd.DataFrame, best: pd.DataFrame, testing: pd.DataFr
 
 def contrast_lines(table: pd.DataFrame) -> list[str]:
     """Return a Markdown table of all contrasts, list of str: six columns, the rest is in contrasts.csv."""
-    head = f"| comparison (a variant: with {BASELINE}) | points | 95 % CI | Holm p | seed noise, SD, points | verdict |"
+    head = (
+        f"| variant minus {BASELINE}, or an effect | points | 95 % CI | Holm p | SD if retrained | verdict |"
+    )
     lines = [head, "|---" * 6 + "|"]
     for row in table.to_dict("records"):
         points, low, high = (signed(100 * row[key]) for key in ("difference", "ci_low", "ci_high"))
@@ -195,14 +196,16 @@ def compared_endpoints(endpoints: pd.DataFrame) -> list[str]:
             for _, row in table.iterrows()
             if is_significant(row)
         ]
-        none = "no difference that these data show"
+        none = "none that these data show"
         if table["ci_low"].isna().all():
             none = "not estimable"
         elif (table["ci_low"] * table["ci_high"] > 0).any():
-            none = "no difference that Holm's correction leaves; where few patients are healthy, it is too cautious"
+            none = (
+                "none significant after Holm's correction; too cautious a test where few patients are healthy"
+            )
         found = "; ".join(clear) or none
         alone = f" ({ALONE})" if table["seed_noise"].isna().all() else ""
-        said.append(f"{name}, against {BASELINE}: {found}{alone}.")
+        said.append(f"{name}, differences from {BASELINE}: {found}{alone}.")
     if lost := [name for name in ENDPOINTS if name not in set(endpoints["endpoint"])]:
         said.append(f"Not estimable, as a fold has too few healthy slices: {', '.join(lost)}.")
     return said
@@ -221,16 +224,14 @@ def testing_in_words(testing: pd.DataFrame, first: str, patient_level: bool) -> 
         whose += f", {both} of them in TrainingData too (optimistic)"
     elif known:
         maybe = " who may be in TrainingData too (optimistic)"  # under no name
-        whose += " that took part in nothing" if patient_level else maybe
+        whose += " used nowhere else" if patient_level else maybe
     right = with_interval(*testing.set_index("variant").loc[first, ["accuracy", "ci_low", "ci_high"]])
-    found = (
-        f"{first}, the most accurate in cross-validation, gets {right} % right; always saying the commonest "
-    )
-    found += f"class gets {100 * testing['commonest'].iloc[0]:.0f} %"
+    found = f"{first}, the most accurate in cross-validation, gets {right} % right by the mean of its "
+    found += f"networks; always saying the commonest class gets {100 * testing['commonest'].iloc[0]:.0f} %"
     over = "patients" if known else "slices, optimistic"
     alone = f"; intervals are over {over}, for these trained networks alone"
     few = "; too few patients for an interval" if testing["ci_low"].isna().all() else alone
-    return f"{slices} slices of {whose}, by the mean of each variant's networks: {found}{few}."
+    return f"{slices} slices of {whose}: {found}{few}."
 
 
 def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]:
@@ -238,8 +239,8 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
     both = "" if patient_level else "A patient may be on both sides of a split, so accuracy is optimistic. "
     return [
         f"**Limits.** {both}Folds share training slices, so no interval here covers what a newly drawn training set "
-        "would change; that of a single variant's accuracy leaves out what moves all variants together. The accuracy "
-        "of whichever variant is highest is optimistic, as it was picked for it. Labels are those of the folders or "
+        "would change; a single variant's leaves out what moves all variants together. The highest accuracy is "
+        "optimistic, as it was picked for being highest. Labels are those of the folders or "
         "of the download, unchecked; accuracy and calibration are for the classes' shares in these data, not a "
         "clinic's. The same seed gives the same table on one kind of machine; another machine's arithmetic is another "
         "draw of the trainings. One network, one data set; no medical device.",
@@ -255,10 +256,10 @@ def limit_lines(patient_level: bool, margin: float, with_any: bool) -> list[str]
         f"a variant's own held-out metrics{' and any hemorrhage' * with_any}), "
         "all variants together; the trainings' part from what neither variant nor fold explains in the table of "
         "accuracies; intervals of differences by t, of shares by Wilson's formula with t and the effective number of "
-        f"slices{', of an AUC by t on the logit scale' * with_any}. Sensitivities, and in `metrics.csv` all but "
-        f"accuracy{' and AUC' * with_any}: patients alone. Equivalent: the whole interval within \N{PLUS-MINUS SIGN}"
-        f"{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a control, "
-        "`control_predictions.csv`.",
+        f"slices{', of an AUC by t on the logit scale' * with_any}. In `metrics.csv` all "
+        f"but `accuracy`{' and `any_auc`' * with_any}: patients alone. Equivalent: the whole interval within "
+        f"\N{PLUS-MINUS SIGN}{in_band(margin)}. Held-out numbers come from `oof_predictions.csv` and, where there is a "
+        "control, `control_predictions.csv`.",
     ]
 
 

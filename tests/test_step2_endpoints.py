@@ -114,7 +114,7 @@ def test_endpoint_says_size_without_a_second_sign_and_where_training_noise_is_un
     metrics = some_metrics({"a": 0.9})
     said = endpoints_in_words(metrics, pd.DataFrame([row]), CLASSES)
     assert said.startswith(
-        "AUC, against 0_Dicom2PNG: 1_ROI lower by 3.1 points (1.2 to 5.0) (for these trained networks alone). "
+        "AUC, differences from 0_Dicom2PNG: 1_ROI lower by 3.1 points (1.2 to 5.0) (for these trained networks alone). "
     )
     assert "alone" not in endpoints_in_words(metrics, pd.DataFrame([row | {"seed_noise": 0.0}]), CLASSES)
 
@@ -123,9 +123,9 @@ def test_intervals_beside_0_that_holm_does_not_leave_are_no_sign_of_equality():
     row = {"kind": "primary", "endpoint": "AUC", "a": "1_ROI", "difference": 0.4, "ci_low": 0.1}
     row |= {"ci_high": 0.7, "p_holm": 0.08, "seed_noise": 0.0}
     said = endpoints_in_words(some_metrics({"a": 0.9}), pd.DataFrame([row]), CLASSES)
-    assert "AUC, against 0_Dicom2PNG: no difference that Holm's correction leaves; where few" in said
+    assert "AUC, differences from 0_Dicom2PNG: none significant after Holm's correction; too cautious" in said
     said = endpoints_in_words(some_metrics({"a": 0.9}), pd.DataFrame([row | {"ci_low": -0.1}]), CLASSES)
-    assert "AUC, against 0_Dicom2PNG: no difference that these data show." in said
+    assert "AUC, differences from 0_Dicom2PNG: none that these data show." in said
 
 
 def test_endpoint_without_an_interval_is_not_said_to_show_no_difference():
@@ -133,4 +133,4 @@ def test_endpoint_without_an_interval_is_not_said_to_show_no_difference():
     rows = random_table(40, 2, ALL_VARIANTS[:2], folds=2, classes=classes)
     rows["p_healthy"] = (rows["label"] == "healthy").astype(float)  # all ranked right: no error to estimate
     said = endpoints_in_words(metric_table(rows, n_draws=20), endpoint_table(rows, n_draws=40), classes)
-    assert "AUC, against 0_Dicom2PNG: not estimable" in said
+    assert "AUC, differences from 0_Dicom2PNG: not estimable" in said

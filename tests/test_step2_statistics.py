@@ -337,7 +337,7 @@ def test_control_is_a_contrast_of_its_own():
     found = contrast_table(compare(table, control, n_draws=500))
     row = found[found["kind"] == "control"].iloc[0]
     assert (row["a"], row["b"]) == ("0_Dicom2PNG, other seed", "0_Dicom2PNG")
-    assert row["verdict"].startswith("one variant against itself")
+    assert row["verdict"].startswith("one variant trained twice")
 
 
 def test_pairs_of_a_step_are_shown_one_by_one():
@@ -416,11 +416,13 @@ def test_testing_slices_are_scored_by_patients():
 
 
 def test_testing_in_words_names_no_patients_that_nothing_names():
-    lead = "24 slices of {}, by the mean of each variant's networks: 0_Dicom2PNG, the most accurate in "
-    lead += "cross-validation, gets {} % right; always saying the commonest class gets 100 %; "
+    lead = (
+        "24 slices of {}: 0_Dicom2PNG, the most accurate in cross-validation, gets {} % right by the mean of "
+    )
+    lead += "its networks; always saying the commonest class gets 100 %; "
     lead += "intervals are over {}, for these trained networks alone."
     for known, whose, over in (
-        (True, "12 patients that took part in nothing", "patients"),
+        (True, "12 patients used nowhere else", "patients"),
         (False, "patients that nothing names", "slices, optimistic"),
     ):
         table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20}, known=known)
@@ -547,7 +549,7 @@ def test_testing_patients_that_are_in_training_too_did_take_part():
     table = score_testing({"0_Dicom2PNG": found}, testing, ["P1", "P2", "other"], n_draws=60)
     said = summary.testing_in_words(table, "0_Dicom2PNG", patient_level=True)
     assert said.startswith(
-        "24 slices of 12 patients, 2 of them in TrainingData too (optimistic), by the mean"
+        "24 slices of 12 patients, 2 of them in TrainingData too (optimistic): 0_Dicom2PNG"
     )
 
 
@@ -623,15 +625,15 @@ def test_summary_says_what_was_left_out_and_what_the_commonest_class_gets_in_tes
     assert "\n* Warning: copies.\n" in text
     first = best_among(compared)["variant"].iloc[0]
     right = with_interval(*rest["testing"].loc[0, ["accuracy", "ci_low", "ci_high"]])  # of both
-    found = f"{first}, the most accurate in cross-validation, gets {right} % right; always saying"
-    assert f"{found} the commonest class gets 100 %; intervals" in text
+    found = f"{first}, the most accurate in cross-validation, gets {right} % right by the mean of"
+    assert f"{found} its networks; always saying the commonest class gets 100 %; intervals" in text
 
 
 def test_testing_patients_may_be_those_that_training_does_not_know():
     table = score_of({"0_Dicom2PNG": 8, "1_ROI": 20})
     said = summary.testing_in_words(table, "0_Dicom2PNG", patient_level=False)
     assert said.startswith(
-        "24 slices of 12 patients who may be in TrainingData too (optimistic), by the mean"
+        "24 slices of 12 patients who may be in TrainingData too (optimistic): 0_Dicom2PNG"
     )
 
 
@@ -658,8 +660,8 @@ def test_verdict_of_a_step(difference, low, high, p, words):
 
 def test_control_that_differs_is_said():
     row = some_row(kind="control", difference=0.03, ci_low=0.01, ci_high=0.05, p_holm=0.01)
-    assert verdict(row).startswith("one variant against itself differs")
-    assert verdict(row | {"ci_low": -0.01}).startswith("one variant against itself shows no difference")
+    assert verdict(row).startswith("one variant trained twice differs")
+    assert verdict(row | {"ci_low": -0.01}).startswith("one variant trained twice shows no clear difference")
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,13 @@ def test_mistakes_name_the_most_frequent_confusion():
     [
         (
             [0.05, 0.0721],
-            " With errors like these, a true difference of 5.0 to 7.2 points would be found in 80 % of such "
-            "comparisons, tested as the strictest of 2;",
+            " With errors like these, a true difference of 7.2 points or more would be found in at least 80 % "
+            "of such comparisons, at p < 0.05 / 2;",
         ),
         (
             [0.05],
-            " With errors like these, a true difference of 5.0 points would be found in 80 % of such "
-            "comparisons; smaller",
+            " With errors like these, a true difference of 5.0 points or more would be found in at least 80 % "
+            "of such comparisons; smaller",
         ),
         ([0.9, 1.21], " Data of this size are unlikely to show any difference, however large."),
         ([], ""),
