@@ -852,6 +852,7 @@ def process(task: Task, settings: Settings) -> dict:
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # as Dask sends functions only
     with warnings.catch_warnings(record=True) as caught, guarded():
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what Python tidies up meanwhile
         try:
             row = convert(task, settings)
         except UnsuitableFile as err:
@@ -906,6 +907,7 @@ def open_ledger(output: Path) -> sqlite3.Connection:
             keys = "PRIMARY KEY (source), UNIQUE (folded)"
             ledger.execute(f"CREATE TABLE files ({', '.join(columns)}, {keys})")
     except (sqlite3.DatabaseError, UnicodeDecodeError) as err:
+        ledger.close()
         code = getattr(err, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # text that is none comes without
         if code == sqlite3.SQLITE_BUSY:
             text = f"another run is writing to {output}: wait for it, or name another --output"

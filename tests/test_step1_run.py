@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -846,6 +847,17 @@ def test_file_without_preamble_is_read_whatever_its_encoding(raw, implicit, litt
     assert run(raw, "--variants", "0") == 0
     pictures = {name: content for name, content in pngs(raw).items() if "/healthy/" in name}
     assert len(pictures) == 2 and len(set(pictures.values())) == 1  # that of a.dcm
+
+
+def test_what_python_tidies_up_meanwhile_is_no_warning_of_a_file(raw, monkeypatch):
+    def convert(task, settings):
+        warnings.warn("unclosed database", ResourceWarning, stacklevel=1)
+        warnings.warn("odd header", UserWarning, stacklevel=1)
+        return {"status": "ok"}
+
+    monkeypatch.setattr(step1, "convert", convert)
+    task = step1.Task("a", raw / "a", "a.png", ())
+    assert step1.process(task, step1.Settings(raw, None, b"k"))["warnings"] == "odd header"
 
 
 def test_rsna_style_ids_do_not_warn(raw, capsys):
