@@ -99,7 +99,7 @@ def read_slices(data: Path) -> Slices:
     train = train.assign(patient=train["patient"].where(train["patient"] != "", "slice " + train["image"]))
     columns = ["image", "label", "patient", "source"]
     training, testing = (part[columns].reset_index(drop=True) for part in (train, test))
-    return Slices(training, testing, left_out, known, order_classes(named - set(classes)), *windows)
+    return Slices(training, testing, left_out, known, order_classes(named - set(classes)), windows[0])
 
 
 def _read_rows(path: Path) -> pd.DataFrame:
