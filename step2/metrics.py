@@ -150,6 +150,8 @@ def interval_of(found: Estimates, variant: str, logit: bool = False) -> tuple[fl
     value, patients = found.values[at], found.freedom[0] + 1
     patient_error, training_error, degrees = found.errors(np.eye(len(found.names))[at])
     error = np.hypot(patient_error, training_error)
+    if value in (0, 1) and patients >= MIN_PATIENTS:  # without an error
+        degrees = patients - 1
     if not logit:
         return proportion_interval(value, error, degrees, patients)
     half = stats.t.ppf(1 - ALPHA / 2, degrees) * error / (value * (1 - value))

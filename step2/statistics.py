@@ -19,7 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from step2.bootstrap import ALPHA, DRAWS, MIN_PATIENTS, sum_by_patient
 from step2.classes import classes_of
 from step2.estimates import Cells, Estimates, mean_estimates, paired_correctness
-from step2.metrics import interval_of, proportion_interval
+from step2.metrics import interval_of
 from step2.power import detectable_difference
 from step2.variants import BASELINE, step_pairs
 
@@ -391,10 +391,7 @@ def score_testing(
     commonest = where["label"][labelled].value_counts(normalize=True).max()
     for at, variant in enumerate(correct.columns):
         value, count = float(estimates.values[at]), len(correct)
-        if value in (0, 1) and cells.patients >= MIN_PATIENTS:
-            low, high = proportion_interval(value, np.nan, cells.patients - 1, cells.patients)
-        else:
-            low, high = interval_of(estimates, variant)
+        low, high = interval_of(estimates, variant)
         row = {"variant": variant, "slices": count, "patients": patients}
         row |= {"trained_on": both, "commonest": commonest}
         row |= {"right": round(value * count), "accuracy": value, "ci_low": low, "ci_high": high}
